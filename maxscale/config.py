@@ -1,0 +1,508 @@
+"""Every option: its default, its meaning, its class, its checks. The only place with defaults.
+
+A config file has `get_config()`, which starts from `default()` (an ml_collections.ConfigDict) and changes what it
+needs. `load()` applies the overrides of the command line, checks everything that can be checked without JAX, and
+returns the frozen `Config`. Nothing here imports JAX: a wrong config is refused before any device is touched.
+
+Each option has a class, which says what happens when it differs between a run and its resume:
+  identity  it defines the run; a difference refuses the resume. The config hash covers these alone.
+  schedule  it may change; the change is written to the event log.
+  runtime   it is free: where and how the program runs, not what it computes.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import typing
+from typing import Any
+
+import ml_collections
+
+IDENTITY, SCHEDULE, RUNTIME = "identity", "schedule", "runtime"
+MESH_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")  # outermost first
+TRAINABLE_AXES = ("data", "fsdp", "tensor")  # the others are in the contract, and refused until they work
+REMAT_ACTIONS = ("keep", "recompute", "offload")
+
+
+class ConfigError(Exception):
+  """A config that cannot run. The message names the option and says what to change."""
+
+
+def option(default: Any, kind: str, meaning: str, choices: tuple = ()) -> Any:
+  """A field of the option tree: default, class (identity, schedule, runtime), one-line meaning, legal values."""
+  metadata = {"kind": kind, "meaning": meaning, "choices": choices}
+  if isinstance(default, dict):
+    return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  name: str = option("", RUNTIME, "name of the run; empty: the name of the config file")
+  dir: str = option("", RUNTIME, "directory of the run; empty: runs/<name>")
+  seed: int = option(0, IDENTITY, "seed of initialisation, data order and dropout")
+  steps: int = option(1000, SCHEDULE, "optimizer steps of the whole run")
+  simulated_devices: int = option(0, RUNTIME, "CPU devices to simulate; 0: use the machine's own devices")
+  compile_cache: str = option("~/.cache/maxscale/xla", RUNTIME, "directory of compiled programs; empty: none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  vocab_size: int = option(0, IDENTITY, "tokens of the vocabulary; 0: the tokenizer's")
+  embed: int = option(512, IDENTITY, "width of the residual stream (D)")
+  layers: int = option(8, IDENTITY, "number of layers (L)")
+  heads: int = option(8, IDENTITY, "query heads (N)")
+  kv_heads: int = option(0, IDENTITY, "key and value heads (K); 0: as many as query heads")
+  head_dim: int = option(0, IDENTITY, "width of a head (H); 0: embed / heads")
+  mlp: int = option(2048, IDENTITY, "hidden width of the MLP, or of each expert (F)")
+  experts: int = option(0, IDENTITY, "experts of a layer (E); 0: a dense MLP")
+  experts_per_token: int = option(2, IDENTITY, "experts that each token uses (k)")
+  tied_embeddings: bool = option(False, IDENTITY, "the output head is the embedding table")
+  rope_theta: float = option(10000.0, IDENTITY, "base of the rotary embedding")
+  norm_eps: float = option(1e-6, IDENTITY, "epsilon of RMSNorm")
+  dropout: float = option(0.0, SCHEDULE, "dropout rate on each block's output while training")
+  param_dtype: str = option("float32", IDENTITY, "dtype of parameters", ("float32", "bfloat16"))
+  compute_dtype: str = option("bfloat16", SCHEDULE, "dtype of matmuls", ("float32", "bfloat16"))
+  vocab_multiple: int = option(128, RUNTIME, "the table of embeddings is padded to a multiple of this")
+  kv_head_multiple: int = option(1, RUNTIME, "key and value heads are padded to a multiple of this")
+  expert_multiple: int = option(1, RUNTIME, "experts are padded to a multiple of this")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  z_loss: float = option(1e-4, SCHEDULE, "weight of the squared log-normaliser of the output softmax")
+  balance_loss: float = option(0.01, SCHEDULE, "weight of the expert balance loss, defined per sequence")
+  router_z_loss: float = option(1e-3, SCHEDULE, "weight of the squared log-normaliser of the router")
+  chunk: int = option(0, RUNTIME, "positions whose logits exist at once; 0: chosen from the vocabulary")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  sources: dict = option(
+    {"stdlib": {"kind": "stdlib"}}, SCHEDULE, "name -> {kind, path, column, heldout} (data/sources.py)"
+  )
+  mixture: dict = option({}, SCHEDULE, "source name -> weight; empty: every source equally")
+  tokenizer: str = option("bytes", IDENTITY, "bytes, or the path of a tokenizer.json or SentencePiece .model")
+  batch_size: int = option(32, SCHEDULE, "sequences of a global batch")
+  length: int = option(512, SCHEDULE, "tokens of a sequence (T)")
+  phases: tuple = option((), SCHEDULE, "changes from a step on: ({start, batch_size?, length?, mixture?}, ...)")
+  cache: str = option("~/.cache/maxscale/data", RUNTIME, "directory of tokenised corpora")
+  prefetch: int = option(8, RUNTIME, "batches read ahead")
+  threads: int = option(2, RUNTIME, "threads that read batches")
+  deadline: float = option(3600.0, RUNTIME, "seconds to wait for another process that tokenises the corpus")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  name: str = option("adamw", IDENTITY, "optimizer", ("adamw",))
+  learning_rate: float = option(3e-4, SCHEDULE, "peak learning rate")
+  schedule: str = option("cosine", SCHEDULE, "shape after the warm-up", ("cosine", "linear", "wsd", "constant"))
+  warmup_steps: int = option(100, SCHEDULE, "steps of linear warm-up")
+  decay_steps: int = option(0, SCHEDULE, "steps of the final decay of wsd; 0: a tenth of the run")
+  final_fraction: float = option(0.1, SCHEDULE, "learning rate of the last step, as a fraction of the peak")
+  b1: float = option(0.9, SCHEDULE, "decay of the first moment")
+  b2: float = option(0.95, SCHEDULE, "decay of the second moment")
+  eps: float = option(1e-8, SCHEDULE, "epsilon of the update")
+  weight_decay: float = option(0.1, SCHEDULE, "decoupled weight decay of matrices (not of norms)")
+  clip_norm: float = option(1.0, SCHEDULE, "global gradient norm is clipped to this; 0: never")
+  grad_reduce_dtype: str = option(
+    "float32", SCHEDULE, "dtype in which weight gradients are made and reduced", ("float32", "bfloat16")
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Dcn:
+  data: int = option(-1, RUNTIME, "slices along data; -1: what is left")
+  fsdp: int = option(1, RUNTIME, "slices along fsdp")
+  expert: int = option(1, RUNTIME, "slices along expert")
+  context: int = option(1, RUNTIME, "slices along context")
+  tensor: int = option(1, RUNTIME, "slices along tensor")
+  pipeline: int = option(1, RUNTIME, "slices along pipeline")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  data: int = option(1, RUNTIME, "devices of a slice along data (replicas)")
+  fsdp: int = option(-1, RUNTIME, "devices of a slice along fsdp (sharded parameters); -1: what is left")
+  expert: int = option(1, RUNTIME, "devices of a slice along expert")
+  context: int = option(1, RUNTIME, "devices of a slice along context (split sequences)")
+  tensor: int = option(1, RUNTIME, "devices of a slice along tensor (split matrices)")
+  pipeline: int = option(1, RUNTIME, "devices of a slice along pipeline (stages)")
+  slices: int = option(0, RUNTIME, "slices to simulate; 0: those that the devices report")
+  dcn: Dcn = dataclasses.field(default_factory=Dcn)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+  param: dict = option({}, RUNTIME, "logical axis -> mesh axes of resident parameters; adds to the default table")
+  state: dict = option({}, RUNTIME, "the same for master weights and optimizer state; defaults to param")
+  compute: dict = option({}, RUNTIME, "the same for operations and activations")
+  microbatches: int = option(1, RUNTIME, "parts of a batch whose gradients are accumulated")
+  replicated_limit: float = option(64.0, RUNTIME, "MiB that an array may hold replicated without being an error")
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+  policy: str = option(
+    "full", RUNTIME, "what backward keeps", ("none", "full", "attention", "projections", "custom")
+  )
+  table: dict = option({}, RUNTIME, "activation name -> keep | recompute | offload; overrides the policy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  every: int = option(500, RUNTIME, "steps between checkpoints; the last step is always saved")
+  keep: int = option(3, RUNTIME, "newest checkpoints to keep")
+  keep_every: int = option(0, RUNTIME, "also keep every checkpoint at a multiple of this step; 0: none")
+  timeout: float = option(1800.0, RUNTIME, "seconds that a save may take before the run stops")
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  every: int = option(500, RUNTIME, "steps between evaluations on held-out text; 0: never")
+  batches: int = option(8, RUNTIME, "batches of an evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+  every: int = option(10, RUNTIME, "steps between lines of the terminal")
+  tensorboard: bool = option(True, RUNTIME, "write TensorBoard files beside metrics.jsonl")
+  profile_start: int = option(0, RUNTIME, "first step of a profile; 0: none")
+  profile_steps: int = option(3, RUNTIME, "steps of the profile")
+  sample_prompt: str = option("", RUNTIME, "prompt of the text sampled at the end")
+  sample_tokens: int = option(0, RUNTIME, "tokens sampled at the end; 0: none")
+  peak_tflops: float = option(0.0, RUNTIME, "peak of a device for MFU; 0: the hardware table, or measured on a CPU")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  run: Run = dataclasses.field(default_factory=Run)
+  model: Model = dataclasses.field(default_factory=Model)
+  loss: Loss = dataclasses.field(default_factory=Loss)
+  data: Data = dataclasses.field(default_factory=Data)
+  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  sharding: Sharding = dataclasses.field(default_factory=Sharding)
+  remat: Remat = dataclasses.field(default_factory=Remat)
+  checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+  eval: Eval = dataclasses.field(default_factory=Eval)
+  log: Log = dataclasses.field(default_factory=Log)
+
+  @property
+  def run_dir(self) -> str:
+    return self.run.dir or os.path.join("runs", self.run.name)
+
+  @property
+  def kv_heads(self) -> int:
+    return self.model.kv_heads or self.model.heads
+
+  @property
+  def head_dim(self) -> int:
+    return self.model.head_dim or self.model.embed // self.model.heads
+
+  @property
+  def hash(self) -> str:
+    """The first 12 hex digits of SHA-256 over the identity options."""
+    identity = {path: value for path, (value, field) in flatten(self).items() if field.metadata["kind"] == IDENTITY}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# ---- the tree as paths
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, tuple[Any, dataclasses.Field]]:
+  """Path of each option -> (value, field), in the order of the tree."""
+  out = {}
+  for field in dataclasses.fields(config):
+    value, path = getattr(config, field.name), prefix + field.name
+    out.update(flatten(value, path + ".") if dataclasses.is_dataclass(value) else {path: (value, field)})
+  return out
+
+
+def to_json(config: Config) -> str:
+  """The resolved config as indented JSON: what `--print_config` prints and every run saves."""
+  return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> Config:
+  """The inverse of `to_json`; options that an older file lacks take their defaults.
+
+  Raises:
+    ConfigError: the file has an option that this version does not know.
+  """
+  return _build(Config, json.loads(text), "")
+
+
+def default() -> ml_collections.ConfigDict:
+  """A locked ConfigDict of all options with their defaults; the dicts in it accept new keys."""
+  config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+  config.lock()
+  for path, (value, _) in flatten(Config()).items():
+    if isinstance(value, dict):
+      node = config
+      for key in path.split("."):
+        node = node[key]
+      node.unlock()
+  return config
+
+
+def differences(old: Config, new: Config) -> list[tuple[str, str, Any, Any]]:
+  """(path, class, old value, new value) of every option that differs."""
+  a, b = flatten(old), flatten(new)
+  return [(p, f.metadata["kind"], a[p][0], v) for p, (v, f) in b.items() if a[p][0] != v]
+
+
+# ---- loading: file, overrides, types
+
+
+def load(path: str, overrides: list[tuple[str, str]] = ()) -> Config:
+  """Reads a config file, applies `(dotted option, text)` overrides, checks, freezes.
+
+  Raises:
+    ConfigError: the file, an option or a combination is wrong; nothing was touched.
+  """
+  tree = _read_file(path)
+  for key, text in overrides:
+    _override(tree, key, text)
+  config = _build(Config, tree, "")
+  if not config.run.name:
+    name = os.path.splitext(os.path.basename(path))[0]
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
+  check(config)
+  return config
+
+
+def split_overrides(arguments: list[str]) -> list[tuple[str, str]]:
+  """`--config.a.b=v` or `--config.a.b v` -> [("a.b", "v")].
+
+  Raises:
+    ConfigError: an argument is not of that form.
+  """
+  out, rest = [], list(arguments)
+  while rest:
+    argument = rest.pop(0)
+    if not argument.startswith("--config."):
+      raise ConfigError(f"unknown argument {argument!r}; options are set as --config.group.option=value")
+    key, equals, text = argument.removeprefix("--config.").partition("=")
+    if not equals:
+      if not rest:
+        raise ConfigError(f"{argument} has no value; write {argument}=value")
+      text = rest.pop(0)
+    out.append((key, text))
+  return out
+
+
+def _read_file(path: str) -> dict:
+  if not os.path.isfile(path):
+    folder = os.path.dirname(path) or "."
+    near = difflib.get_close_matches(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [], 1)
+    hint = f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+    raise ConfigError(f"there is no config file {path}{hint}")
+  spec = importlib.util.spec_from_file_location("maxscale_config_file", path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config()
+  except ConfigError:
+    raise
+  except Exception as e:  # a config is code of the user's: its error is theirs to read, without our stack
+    raise ConfigError(f"{path}: {type(e).__name__}: {str(e).strip() or 'no message'}") from e
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ConfigError(f"{path}: get_config() must return the ConfigDict made by maxscale.config.default()")
+  return config.to_dict()
+
+
+def _nearest(path: str, paths: typing.Iterable[str]) -> str:
+  paths = list(paths)
+  near = difflib.get_close_matches(path, paths, 1, 0.5)
+  if not near:  # the same last name elsewhere in the tree is what people most often mean
+    near = [p for p in paths if p.split(".")[-1] == path.split(".")[-1]]
+  return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted({p.split('.')[0] for p in paths}))}"
+
+
+def _override(tree: dict, path: str, text: str) -> None:
+  fields = flatten(Config())
+  keys = path.split(".")
+  owner = next((p for p in (".".join(keys[:n]) for n in range(len(keys), 0, -1)) if p in fields), None)
+  is_dict = owner is not None and isinstance(fields[owner][0], dict)
+  if owner is None or (owner != path and not is_dict):
+    groups = {f.name for f in dataclasses.fields(Config)}
+    if keys[0] not in groups:
+      raise ConfigError(f"unknown option {path!r}{_nearest(keys[0], groups)}")
+    raise ConfigError(f"unknown option {path!r}{_nearest(path, fields)}")
+  want = type(fields[owner][0]) if owner == path else object
+  node = tree
+  for key in keys[:-1]:
+    node = node.setdefault(key, {})
+  node[keys[-1]] = _parse(path, text, want)
+
+
+def _parse(path: str, text: str, want: type) -> Any:
+  if want is str:
+    return text
+  if want is bool and text.lower() in ("true", "false"):
+    return text.lower() == "true"
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    if want is object:
+      return text
+    raise ConfigError(f"{path}={text!r} is not a value of type {want.__name__}") from None
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+  """A frozen dataclass from nested dicts, with every key known and every type right."""
+  hints = typing.get_type_hints(cls)
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  if not isinstance(tree, dict):
+    raise ConfigError(f"{prefix.rstrip('.')} is a group of options, not a value; got {tree!r}")
+  for key in tree:
+    if key not in fields:
+      raise ConfigError(f"unknown option {prefix + key!r}{_nearest(prefix + key, [prefix + f for f in fields])}")
+  values = {}
+  for key, value in tree.items():
+    path, want = prefix + key, hints[key]
+    if dataclasses.is_dataclass(want):
+      values[key] = _build(want, value, path + ".")
+    else:
+      values[key] = _typed(path, value, want)
+      choices = fields[key].metadata["choices"]
+      if choices and values[key] not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{path}={value!r} is not one of {', '.join(choices)}{hint}")
+  return cls(**values)
+
+
+def _typed(path: str, value: Any, want: type) -> Any:
+  if want is float and type(value) is int:
+    value = float(value)
+  if want is tuple and isinstance(value, list):
+    value = tuple(value)
+  if type(value) is not want:
+    raise ConfigError(f"{path}={value!r} must be of type {want.__name__}, not {type(value).__name__}")
+  if want is float and not math.isfinite(value):
+    raise ConfigError(f"{path}={value!r} must be a finite number")
+  if want in (dict, tuple):  # through JSON: what is saved with the run compares equal when it is read again
+    try:
+      value = want(json.loads(json.dumps(value)))
+    except TypeError:
+      raise ConfigError(f"{path}={value!r} may hold only numbers, texts, lists and dicts") from None
+  return value
+
+
+# ---- checks of values that need neither devices nor JAX
+
+AT_LEAST_ONE = (
+  "run.steps model.embed model.layers model.heads model.mlp model.experts_per_token model.vocab_multiple "
+  "model.kv_head_multiple model.expert_multiple data.batch_size data.length data.prefetch data.threads "
+  "sharding.microbatches checkpoint.every checkpoint.keep eval.batches log.every log.profile_steps"
+).split()
+NOT_NEGATIVE = (
+  "run.simulated_devices model.vocab_size model.kv_heads model.head_dim model.experts loss.z_loss loss.balance_loss "
+  "loss.router_z_loss loss.chunk optimizer.learning_rate optimizer.warmup_steps optimizer.decay_steps "
+  "optimizer.final_fraction optimizer.eps optimizer.weight_decay optimizer.clip_norm mesh.slices "
+  "sharding.replicated_limit checkpoint.keep_every eval.every log.profile_start log.sample_tokens log.peak_tflops"
+).split()
+FRACTIONS = ("model.dropout", "optimizer.b1", "optimizer.b2")
+PHASE_KEYS = {"start": int, "batch_size": int, "length": int, "mixture": dict}
+
+
+def check(config: Config) -> None:
+  """Refuses values and combinations that cannot run.
+
+  Raises:
+    ConfigError: names the option, its value, and what to change.
+  """
+  values = {path: value for path, (value, _) in flatten(config).items()}
+  for path in AT_LEAST_ONE:
+    _require(values[path] >= 1, f"{path}={values[path]} must be at least 1")
+  for path in NOT_NEGATIVE:
+    _require(values[path] >= 0, f"{path}={values[path]} must not be negative")
+  for path in FRACTIONS:
+    _require(0 <= values[path] < 1, f"{path}={values[path]} must be at least 0 and below 1")
+  _check_model(config)
+  _check_schedule(config)
+  _check_mesh(config)
+  for name, action in config.remat.table.items():
+    _require(action in REMAT_ACTIONS, f"remat.table.{name}={action!r} is not one of {', '.join(REMAT_ACTIONS)}")
+
+
+def _require(condition: bool, message: str) -> None:
+  if not condition:
+    raise ConfigError(message)
+
+
+def nearest_divisors(n: int, value: int) -> str:
+  """The divisors of n on either side of value, for messages: '4 or 6'."""
+  divisors = [d for d in range(1, n + 1) if n % d == 0]
+  below, above = [d for d in divisors if d < value][-1:], [d for d in divisors if d > value][:1]
+  return " or ".join(map(str, below + above))
+
+
+def _check_model(config: Config) -> None:
+  m = config.model
+  _require(
+    m.head_dim or m.embed % m.heads == 0,
+    f"model.embed={m.embed} is not divisible by model.heads={m.heads}; set model.heads to "
+    f"{nearest_divisors(m.embed, m.heads)}, or give model.head_dim",
+  )
+  _require(config.head_dim % 2 == 0, f"model.head_dim={config.head_dim} must be even: rotary embeddings turn pairs")
+  _require(
+    m.heads % config.kv_heads == 0,
+    f"model.heads={m.heads} is not divisible by model.kv_heads={config.kv_heads}; set model.kv_heads to "
+    f"{nearest_divisors(m.heads, config.kv_heads)}",
+  )
+  _require(
+    not m.experts or m.experts_per_token <= m.experts,
+    f"model.experts_per_token={m.experts_per_token} is more than model.experts={m.experts}",
+  )
+
+
+def _check_schedule(config: Config) -> None:
+  d = config.data
+  _require(bool(d.sources), "data.sources is empty; name at least one source")
+  mixtures, last = {"data.mixture": d.mixture}, 0
+  for i, phase in enumerate(d.phases):
+    path = f"data.phases[{i}]"
+    _require(isinstance(phase, dict) and "start" in phase, f"{path}={phase!r} must be a dict with a start step")
+    for key, value in phase.items():
+      _require(key in PHASE_KEYS, f"{path} has an unknown key {key!r}{_nearest(key, PHASE_KEYS)}")
+      _require(type(value) is PHASE_KEYS[key], f"{path}.{key}={value!r} must be of type {PHASE_KEYS[key].__name__}")
+      _require(type(value) is not int or value >= 1, f"{path}.{key}={value} must be at least 1")
+    _require(phase["start"] > last, f"{path}.start={phase['start']} must come after step {last}")
+    last = phase["start"]
+    mixtures[f"{path}.mixture"] = phase.get("mixture", {})
+  for path, mixture in mixtures.items():
+    for name, weight in mixture.items():
+      _require(name in d.sources, f"{path} names {name!r}, which is not in data.sources{_nearest(name, d.sources)}")
+      ok = isinstance(weight, (int, float)) and weight >= 0
+      _require(ok, f"{path}.{name}={weight!r} must be a number of at least 0")
+    _require(not mixture or sum(mixture.values()) > 0, f"{path} has no weight above 0")
+  for batch in [d.batch_size, *(p["batch_size"] for p in d.phases if "batch_size" in p)]:
+    _require(
+      batch % config.sharding.microbatches == 0,
+      f"a batch of {batch} is not divisible by sharding.microbatches={config.sharding.microbatches}; set it to "
+      f"{nearest_divisors(batch, config.sharding.microbatches)}",
+    )
+
+
+def _check_mesh(config: Config) -> None:
+  for group, node in (("mesh", config.mesh), ("mesh.dcn", config.mesh.dcn)):
+    sizes = {axis: getattr(node, axis) for axis in MESH_AXES}
+    for axis, size in sizes.items():
+      _require(size == -1 or size >= 1, f"{group}.{axis}={size} must be at least 1, or -1 for what is left")
+      _require(
+        axis in TRAINABLE_AXES or size == 1,
+        f"{group}.{axis}={size}: parallelism along {axis} is not there yet; set {group}.{axis}=1 and use "
+        f"{', '.join(TRAINABLE_AXES)}",
+      )
+    unknown = [axis for axis, size in sizes.items() if size == -1]
+    _require(len(unknown) < 2, f"only one of {' and '.join(f'{group}.{a}' for a in unknown)} can be -1")
