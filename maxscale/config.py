@@ -150,9 +150,7 @@ class Sharding:
 
 @dataclasses.dataclass(frozen=True)
 class Remat:
-  policy: str = option(
-    "full", RUNTIME, "what backward keeps", ("none", "full", "attention", "projections", "custom")
-  )
+  policy: str = option("full", RUNTIME, "what backward keeps", ("none", "full", "attention", "projections", "custom"))
   table: dict = option({}, RUNTIME, "activation name -> keep | recompute | offload; overrides the policy")
 
 
@@ -400,17 +398,52 @@ def _typed(path: str, value: Any, want: type) -> Any:
 
 # ---- checks of values that need neither devices nor JAX
 
-AT_LEAST_ONE = (
-  "run.steps model.embed model.layers model.heads model.mlp model.experts_per_token model.vocab_multiple "
-  "model.kv_head_multiple model.expert_multiple data.batch_size data.length data.prefetch data.threads "
-  "sharding.microbatches checkpoint.every checkpoint.keep eval.batches log.every log.profile_steps"
-).split()
-NOT_NEGATIVE = (
-  "run.simulated_devices model.vocab_size model.kv_heads model.head_dim model.experts loss.z_loss loss.balance_loss "
-  "loss.router_z_loss loss.chunk optimizer.learning_rate optimizer.warmup_steps optimizer.decay_steps "
-  "optimizer.final_fraction optimizer.eps optimizer.weight_decay optimizer.clip_norm mesh.slices "
-  "sharding.replicated_limit checkpoint.keep_every eval.every log.profile_start log.sample_tokens log.peak_tflops"
-).split()
+AT_LEAST_ONE = [
+  "run.steps",
+  "model.embed",
+  "model.layers",
+  "model.heads",
+  "model.mlp",
+  "model.experts_per_token",
+  "model.vocab_multiple",
+  "model.kv_head_multiple",
+  "model.expert_multiple",
+  "data.batch_size",
+  "data.length",
+  "data.prefetch",
+  "data.threads",
+  "sharding.microbatches",
+  "checkpoint.every",
+  "checkpoint.keep",
+  "eval.batches",
+  "log.every",
+  "log.profile_steps",
+]
+NOT_NEGATIVE = [
+  "run.simulated_devices",
+  "model.vocab_size",
+  "model.kv_heads",
+  "model.head_dim",
+  "model.experts",
+  "loss.z_loss",
+  "loss.balance_loss",
+  "loss.router_z_loss",
+  "loss.chunk",
+  "optimizer.learning_rate",
+  "optimizer.warmup_steps",
+  "optimizer.decay_steps",
+  "optimizer.final_fraction",
+  "optimizer.eps",
+  "optimizer.weight_decay",
+  "optimizer.clip_norm",
+  "mesh.slices",
+  "sharding.replicated_limit",
+  "checkpoint.keep_every",
+  "eval.every",
+  "log.profile_start",
+  "log.sample_tokens",
+  "log.peak_tflops",
+]
 FRACTIONS = ("model.dropout", "optimizer.b1", "optimizer.b2")
 PHASE_KEYS = {"start": int, "batch_size": int, "length": int, "mixture": dict}
 

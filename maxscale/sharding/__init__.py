@@ -1,0 +1,1 @@
+"""Logical axes onto a multi-slice device mesh."""

@@ -1,0 +1,118 @@
+"""Cross-entropy whose logits exist only for a chunk of positions at a time, with its gradients made on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxscale.models import kernels
+from maxscale.sharding import context as sharding
+
+CHUNK_LOGITS = 2**27  # float32 logits of a chunk: 512 MiB
+X_NAMES, T_NAMES = ("batch", "length", "embed"), ("batch", "length")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSpec:
+  """V: real tokens of the vocabulary. chunk: positions whose logits exist at once (0: chosen)."""
+
+  V: int
+  z_loss: float
+  chunk: int
+  names: tuple[str | None, ...]
+  grad_dtype: str
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def cross_entropy(
+  spec: LossSpec, x_btd: jax.Array, table_vd: jax.Array, targets_bt: jax.Array, scale: jax.Array
+) -> Any:
+  """Sums over the positions with a target (>= 0) of the loss, and of its plain part.
+
+  The loss of a position is scale * (-log p(target) + z_loss * (log sum exp logits)**2), in float32.
+
+  Args:
+    x_btd: final hidden states. table_vd: the head's table, padded. targets_bt: int32, -1 where there is none.
+    scale: float32 scalar, 1 / (targets of the whole step): it goes in here because the gradients are made here.
+
+  Returns:
+    (loss, nll), float32 scalars; nll is not scaled. Only `loss` has a gradient; `nll` is for reporting.
+  """
+  f = sharding.on_shards(functools.partial(_shard, spec, False), (X_NAMES, spec.names, T_NAMES, ()), ((), ()))
+  return f(x_btd, kernels.use_weight(table_vd, spec.names, x_btd.dtype), targets_bt, scale)
+
+
+def _fwd(spec: LossSpec, x_btd: jax.Array, table_vd: jax.Array, targets_bt: jax.Array, scale: jax.Array) -> Any:
+  out_names = ((), (), X_NAMES, spec.names)
+  f = sharding.on_shards(functools.partial(_shard, spec, True), (X_NAMES, spec.names, T_NAMES, ()), out_names)
+  loss, nll, dx, dw = f(x_btd, kernels.use_weight(table_vd, spec.names, x_btd.dtype), targets_bt, scale)
+  dw = sharding.constrain(dw, spec.names, "param").astype(table_vd.dtype)
+  return (loss, nll), (dx, dw)
+
+
+def _bwd(spec: LossSpec, residuals: Any, cotangents: Any) -> Any:
+  dx, dw = residuals
+  g = cotangents[0]
+  return (dx * g).astype(dx.dtype), (dw * g).astype(dw.dtype), None, None
+
+
+cross_entropy.defvjp(_fwd, _bwd)
+
+
+def _chunk_size(rows: int, vocab: int, wanted: int) -> int:
+  """The largest divisor of rows that is at most `wanted`, or that keeps a chunk's logits under CHUNK_LOGITS."""
+  limit = max(1, min(rows, wanted or CHUNK_LOGITS // vocab))
+  return next(c for c in range(limit, 0, -1) if rows % c == 0)
+
+
+def _shard(
+  spec: LossSpec, gradients: bool, x_btd: jax.Array, table: jax.Array, targets_bt: jax.Array, scale: jax.Array
+) -> Any:
+  """One device's positions against its part of the vocabulary."""
+  b, t, d = x_btd.shape
+  size = _chunk_size(b * t, table.shape[0], spec.chunk)
+  chunks = (x_btd.reshape(-1, size, d), targets_bt.reshape(-1, size))
+  first = sharding.shard_index("vocab") * table.shape[0]
+  zero = jnp.zeros((), jnp.float32)
+  dw = jnp.zeros(table.shape, spec.grad_dtype) if gradients else None
+
+  def step(carry: Any, chunk: Any) -> Any:
+    loss, nll, dw = carry
+    chunk_loss, chunk_nll, dx, chunk_dw = _chunk(spec, gradients, first, scale, table, *chunk)
+    dw = dw + chunk_dw if gradients else None
+    return (loss + chunk_loss, nll + chunk_nll, dw), dx
+
+  if chunks[0].shape[0] == 1:
+    loss, nll, dx, dw = _chunk(spec, gradients, first, scale, table, *(c[0] for c in chunks))
+  else:
+    (loss, nll, dw), dx = jax.lax.scan(step, (zero, zero, dw), chunks)
+  loss, nll = (sharding.psum(sharding.psum(v, "batch"), "length") for v in (loss, nll))
+  if not gradients:
+    return loss, nll
+  return loss, nll, dx.reshape(x_btd.shape), sharding.psum(sharding.psum(dw, "batch"), "length")
+
+
+def _chunk(
+  spec: LossSpec, gradients: bool, first: Any, scale: Any, table: jax.Array, x: jax.Array, targets: jax.Array
+) -> Any:
+  """x: [C, D], targets: [C]; table: [V of this device, D], its first row is token `first` of the vocabulary."""
+  ids = first + jnp.arange(table.shape[0])
+  logits = jnp.einsum("cd,vd->cv", x, table, preferred_element_type=jnp.float32)
+  logits = jnp.where(ids < spec.V, logits, -1e30)
+  top = sharding.pmax(logits.max(-1), "vocab")
+  log_z = jnp.log(sharding.psum(jnp.exp(logits - top[:, None]).sum(-1), "vocab")) + top
+  hit = ids == targets[:, None]
+  valid = (targets >= 0).astype(jnp.float32)
+  nll = (log_z - sharding.psum(jnp.where(hit, logits, 0).sum(-1), "vocab")) * valid
+  loss = scale * (nll + spec.z_loss * log_z**2 * valid)
+  if not gradients:
+    return loss.sum(), nll.sum(), None, None
+  p = jnp.exp(logits - log_z[:, None])
+  dlogits = ((p * (1 + 2 * spec.z_loss * log_z)[:, None] - hit) * (scale * valid)[:, None]).astype(x.dtype)
+  dx = sharding.psum(jnp.einsum("cv,vd->cd", dlogits, table), "vocab")
+  dw = jnp.einsum("cv,cd->vd", dlogits, x, preferred_element_type=jnp.dtype(spec.grad_dtype))
+  return loss.sum(), nll.sum(), dx, dw

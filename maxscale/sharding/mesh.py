@@ -1,0 +1,107 @@
+"""The mesh: six named axes, each a product of an ICI factor (inside a slice) and a DCN factor (across slices)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from maxscale.config import MESH_AXES, Config, ConfigError, Mesh, nearest_divisors
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+  """The resolved sizes of every axis of `MESH_AXES`, outermost first. Pure numbers: no device is needed."""
+
+  ici: tuple[int, ...]
+  dcn: tuple[int, ...]
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """Mesh axis -> devices along it."""
+    return {axis: i * d for axis, i, d in zip(MESH_AXES, self.ici, self.dcn)}
+
+  @property
+  def devices(self) -> int:
+    return math.prod(self.ici) * math.prod(self.dcn)
+
+  def __str__(self) -> str:
+    used = [f"{axis}={size}" for axis, size in self.sizes.items() if size > 1] or ["one device"]
+    slices = math.prod(self.dcn)
+    return " ".join(used) + (f" over {slices} slices" if slices > 1 else "")
+
+
+def resolve(mesh: Mesh, devices: int, slices: int = 1) -> MeshShape:
+  """Fills in the -1 of `mesh.*` and `mesh.dcn.*` for a number of devices in a number of equal slices.
+
+  Raises:
+    ConfigError: the factors do not multiply to the devices; the message says which would.
+  """
+  if devices % slices:
+    raise ConfigError(f"mesh.slices={slices} does not divide {devices} devices; {nearest_divisors(devices, slices)} do")
+  ici = _fill("mesh", mesh, devices // slices, "devices" if slices == 1 else "devices of a slice")
+  dcn = _fill("mesh.dcn", mesh.dcn, slices, "slices")
+  return MeshShape(ici, dcn)
+
+
+def _fill(group: str, node: Any, total: int, what: str) -> tuple[int, ...]:
+  sizes = {axis: getattr(node, axis) for axis in MESH_AXES}
+  known = math.prod(size for size in sizes.values() if size != -1)
+  free = next((axis for axis, size in sizes.items() if size == -1), None)
+  given = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1)) or "all factors 1"
+  if free is not None and total % known == 0:
+    sizes[free] = total // known
+  elif free is not None or known != total:
+    raise ConfigError(f"{group}: {given} is {known}, but there are {total} {what}; {_would_fit(group, sizes, total)}")
+  return tuple(sizes.values())
+
+
+def _would_fit(group: str, sizes: dict[str, int], total: int) -> str:
+  """Changes of one factor that make the product right, or the advice to leave one open."""
+  fits = []
+  for axis in ("data", "fsdp", "tensor"):
+    others = math.prod(size for other, size in sizes.items() if other != axis and size != -1)
+    if total % others == 0:
+      fits.append(f"{group}.{axis}={total // others}")
+  if fits:
+    return "what would fit: " + ", or ".join(fits)
+  return f"set {group}.fsdp=-1 and let the other factors divide {total}"
+
+
+def count_slices(devices: Sequence[Any], mesh: Mesh) -> int:
+  """Slices that the devices report, or those that `mesh.slices` simulates (a CPU reports one)."""
+  return mesh.slices or len({getattr(d, "slice_index", 0) for d in devices})
+
+
+def make(shape: MeshShape, devices: Sequence[Any]) -> Any:
+  """A `jax.sharding.Mesh` with Auto axes over the devices, DCN outermost in every axis.
+
+  On TPU the devices of a slice follow the physical torus (jax.experimental.mesh_utils); elsewhere their own order.
+  """
+  import jax
+  import numpy as np
+  from jax.experimental import mesh_utils
+
+  slices = math.prod(shape.dcn)
+  per_slice = [list(devices[i * len(devices) // slices : (i + 1) * len(devices) // slices]) for i in range(slices)]
+  if devices[0].platform == "tpu":
+    if slices > 1:
+      by_slice: dict[int, list] = {}
+      for d in devices:
+        by_slice.setdefault(d.slice_index, []).append(d)
+      per_slice = [by_slice[s] for s in sorted(by_slice)]
+    blocks = [mesh_utils.create_device_mesh(shape.ici, s, allow_split_physical_axes=True) for s in per_slice]
+  else:
+    blocks = [np.asarray(s).reshape(shape.ici) for s in per_slice]
+  grid = np.stack(blocks).reshape(shape.dcn + shape.ici)
+  # (dcn axes, ici axes) -> interleaved, so that each mesh axis has its DCN factor outermost
+  n = len(MESH_AXES)
+  grid = grid.transpose([axis for i in range(n) for axis in (i, n + i)]).reshape(tuple(shape.sizes.values()))
+  return jax.sharding.Mesh(grid, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * n)
+
+
+def for_config(config: Config, devices: Sequence[Any]) -> tuple[MeshShape, Any]:
+  """The resolved shape and the mesh of a config over the given devices."""
+  shape = resolve(config.mesh, len(devices), count_slices(devices, config.mesh))
+  return shape, make(shape, devices)
