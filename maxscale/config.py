@@ -31,6 +31,17 @@ TRAINABLE_AXES = ("data", "fsdp", "tensor")  # the others are in the contract, a
 REMAT_ACTIONS = ("keep", "recompute", "offload")
 
 
+# `--small`: a copy of any config that a laptop trains, to see that it runs; later overrides win.
+SMALL = {
+  "run.simulated_devices": "8", "run.steps": "20", "mesh.data": "1", "mesh.fsdp": "-1", "mesh.tensor": "2",
+  "mesh.slices": "0", "mesh.dcn.data": "-1", "mesh.dcn.fsdp": "1", "mesh.dcn.tensor": "1", "model.layers": "2",
+  "model.embed": "128", "model.heads": "4", "model.kv_heads": "2", "model.head_dim": "32", "model.mlp": "256",
+  "model.vocab_size": "0", "model.compute_dtype": "float32", "data.batch_size": "16", "data.length": "128",
+  "data.phases": "()", "data.tokenizer": "bytes", "data.mixture": "{}", "sharding.microbatches": "1",
+  "optimizer.warmup_steps": "5", "eval.batches": "2",
+}  # fmt: skip
+
+
 class ConfigError(Exception):
   """A config that cannot run. The message names the option and says what to change."""
 

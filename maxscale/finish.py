@@ -1,0 +1,56 @@
+"""The end of a complete run: the held-out loss beside simple models, a sample, the report, where the time went."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+
+def finish(run: Any, state: Any) -> None:
+  from maxscale.goodput import events, ledger, report
+  from maxscale.goodput.telemetry import line
+
+  config = run.config
+  if run.heldout:
+    if config.run.steps % config.eval.every:
+      run.evaluate(state, config.run.steps)
+    losses = _ngrams(run)
+    if losses:
+      names = {2: "bigram", 3: "trigram"}
+      line("held-out loss of count models, same text: "
+           + ", ".join(f"{names.get(n, f'{n}-gram')} {loss:.4f}" for n, loss in losses.items()))  # fmt: skip
+  if config.log.sample_tokens:
+    prompt, tokens = config.log.sample_prompt, config.log.sample_tokens
+    line(f"sample of {tokens} tokens:\n{sample(run.program, run.tokenizer, state['params'], prompt, tokens)}\n")
+  run.close()
+  run.log.flush()  # the report and the summary are made from the log alone
+  where = report.write_report(config.run_dir)
+  line(ledger.summary(ledger.ledger(events.read(config.run_dir))))
+  line(f"checkpoints {config.run_dir}/checkpoints\nmetrics     {config.run_dir}/metrics\nreport      {where}")
+
+
+def _ngrams(run: Any) -> dict[int, float]:
+  from maxscale.data.ngram import ngram_losses
+
+  if len(run.batches.sources) > 1:
+    return {}
+  train, heldout = (next(iter(b.sources.values())) for b in (run.batches, run.heldout))
+  return ngram_losses(train, heldout, run.tokenizer.vocab_size)
+
+
+def sample(
+  program: Any, tokenizer: Any, params: Any, prompt: str, tokens: int, temperature: float = 0.8, seed: int = 0
+) -> str:
+  """A text that continues the prompt, on the devices of a program, whatever its mesh."""
+  from maxscale.models.sample import sample as sample_tokens
+  from maxscale.sharding import context
+
+  # One sequence cannot be split over the batch axes: every device computes all of it, with its part of the weights.
+  tables = {**program.rules.tables, "compute": {**program.rules.tables["compute"], "batch": ()}}
+  rules = dataclasses.replace(program.rules, tables=tables)
+  ids = np.concatenate([[tokenizer.bos], tokenizer.encode(prompt)]).astype(np.int32)
+  with context.use(program.mesh, rules):
+    new = sample_tokens(program.skeleton, params, ids, tokens, temperature, seed, tokenizer.eos)
+  return prompt + tokenizer.decode(new)

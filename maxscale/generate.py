@@ -1,0 +1,76 @@
+"""Samples from a checkpoint: `python -m maxscale.generate --run runs/tiny --prompt "def "`.
+
+Only the parameters are read, straight onto this machine's devices, whatever mesh wrote them; what is read is verified.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+
+from maxscale import config as config_lib
+from maxscale.config import Config, ConfigError, Mesh
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m maxscale.generate", description=(__doc__ or "").split("\n")[0])
+  parser.add_argument("--run", required=True, help="directory of a run, e.g. runs/tiny")
+  parser.add_argument("--prompt", default="", help="text to continue")
+  parser.add_argument("--tokens", type=int, default=200, help="tokens to add")
+  parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
+  parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+  parser.add_argument("--step", type=int, help="step of the checkpoint; default: the newest that verifies")
+  arguments = parser.parse_args(argv)
+  from maxscale.checkpoint.layout import CheckpointError
+
+  try:
+    if arguments.tokens < 1 or arguments.temperature < 0:
+      raise ConfigError("--tokens must be at least 1 and --temperature at least 0")
+    print(generate(arguments))
+    return 0
+  except (ConfigError, CheckpointError) as e:
+    print(f"{parser.prog}: {e}", file=sys.stderr)
+    return 2
+
+
+def generate(arguments: argparse.Namespace) -> str:
+  """The prompt and its continuation."""
+  from maxscale import finish, resume, train
+  from maxscale.checkpoint.restore import restore
+
+  config = on_this_machine(read_config(arguments.run))
+  tokenizer, vocab = train.vocabulary(config)
+  program = train.build(config, vocab)
+  found = restore(arguments.run, resume.leaves(program, "params/"), arguments.step)
+  for bad in found.rejected:
+    print(f"the checkpoint of step {bad.step} is damaged and was not used: {bad.array}: {bad.reason}", file=sys.stderr)
+  return finish.sample(
+    program, tokenizer, found.state["params"], arguments.prompt, arguments.tokens, arguments.temperature, arguments.seed
+  )
+
+
+def read_config(run_dir: str) -> Config:
+  """The config that a run saved.
+
+  Raises:
+    ConfigError: the directory holds no run.
+  """
+  from maxscale import storage
+
+  path = storage.path(run_dir) / "config.json"
+  if not path.exists():
+    raise ConfigError(f"{run_dir} holds no run (there is no config.json); --run takes the directory that train printed")
+  return config_lib.from_json(path.read_text())
+
+
+def on_this_machine(config: Config) -> Config:
+  """The config on the devices that are here, all along fsdp."""
+  run = dataclasses.replace(config.run, simulated_devices=0)
+  return dataclasses.replace(
+    config, run=run, mesh=Mesh(), sharding=dataclasses.replace(config.sharding, microbatches=1)
+  )
+
+
+if __name__ == "__main__":
+  sys.exit(main())

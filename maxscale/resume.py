@@ -1,0 +1,116 @@
+"""Where a run goes on: what a resume may change, and the state that it starts from."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from maxscale import config as config_lib
+from maxscale.config import IDENTITY, SCHEDULE, Config, ConfigError
+
+
+def check(config: Config) -> int | None:
+  """Compares a config with the newest checkpoint of its run; imports no JAX.
+
+  Returns:
+    Steps done in that checkpoint, or None where there is none.
+
+  Raises:
+    ConfigError: an identity option, or the schedule of steps already done, differs.
+  """
+  old = _saved(config)
+  if old is None:
+    return None
+  step, meta = old
+  before = config_lib.from_json(meta["config"])
+  changed = [d for d in config_lib.differences(before, config) if d[1] == IDENTITY]
+  if changed:
+    text = ", ".join(f"{path} is {old!r}, not {new!r}" for path, _, old, new in changed)
+    raise ConfigError(
+      f"{config.run_dir} holds another run: {text}. Give the run another --config.run.dir, or the option its old value"
+    )
+  if _history(before, step) != _history(config, step):
+    raise ConfigError(
+      f"the schedule of the {step} steps that {config.run_dir} has done differs from theirs: change data.* from step "
+      f"{step} on, with a phase in data.phases"
+    )
+  return step
+
+
+def _saved(config: Config) -> tuple[int, dict[str, Any]] | None:
+  """(step, meta) of the newest checkpoint whose marker can be read."""
+  from maxscale.checkpoint import commit
+
+  for step in reversed(commit.steps(config.run_dir)):
+    return step, commit.read_marker(config.run_dir, step)["meta"]
+  return None
+
+
+def _history(config: Config, step: int) -> list[tuple]:
+  """(start, batch size, length, mixture) of the phases that began before a step."""
+  values = {"start": 0, "batch_size": config.data.batch_size, "length": config.data.length,
+            "mixture": config.data.mixture}  # fmt: skip
+  out: list[tuple] = []
+  for phase in [{}, *config.data.phases]:
+    values = {**values, **phase}
+    now = (values["batch_size"], values["length"], values["mixture"])
+    if values["start"] < step and (not out or out[-1][1:] != now):
+      out.append((values["start"], *now))
+  return out
+
+
+def leaves(program: Any, prefix: str = "") -> tuple:
+  """The arrays of a program's state as the checkpoint describes them; only those whose path begins with `prefix`."""
+  from maxscale.checkpoint.layout import Leaf
+
+  return tuple(
+    Leaf(path, s.logical, s.shape, s.dtype, program.sharding(s), layer_dims=int(s.stacked))
+    for path, s in program.specs.items()
+    if path.startswith(prefix)
+  )
+
+
+def restore_or_initialise(run: Any) -> tuple[Any, int]:
+  """The state that an attempt starts from, and the steps that it has done. A restore never initialises first.
+
+  Raises:
+    ConfigError: the corpus of the steps already done changed.
+    CheckpointError: there are checkpoints, and none of them is good.
+  """
+  import jax
+
+  from maxscale.checkpoint import commit
+  from maxscale.checkpoint.restore import restore
+  from maxscale.goodput.telemetry import line
+
+  config, log, program = run.config, run.log, run.program
+  if not commit.steps(config.run_dir):
+    with log.state("init"):
+      return jax.block_until_ready(program.initialise()()), 0
+  with log.state("restore"):
+    start = time.perf_counter()
+    found = restore(config.run_dir, leaves(program))
+    for bad in found.rejected:
+      log.event("checkpoint_bad", step=bad.step, array=bad.array, reason=bad.reason)
+      line(f"the checkpoint of step {bad.step} is damaged and was not used: {bad.array}: {bad.reason}")
+    seconds = time.perf_counter() - start
+    size = sum(x.nbytes for x in jax.tree.leaves(found.state))
+    log.event("restore", step=found.step, seconds=seconds, bytes=size)
+  line(f"restored and verified step {found.step} ({size / 2**20:.1f} MiB) in {seconds:.1f} s")
+  _check_data(run, found)
+  for path, kind, old, new in config_lib.differences(config_lib.from_json(found.meta.config), config):
+    if kind == SCHEDULE:
+      log.event("config", option=path, old=old, new=new)
+      line(f"schedule: {path} was {old!r}, is now {new!r}")
+  return found.state, found.step
+
+
+def _check_data(run: Any, found: Any) -> None:
+  before, now = json.loads(found.meta.data_fingerprint), run.batches.fingerprint
+  for name in before.keys() & now.keys():
+    if before[name] != now[name]:
+      raise ConfigError(
+        f"the source {name!r} changed since step {found.step}: it was {before[name]}, it is {now[name]}. Bring the "
+        "old text back, or begin a new phase (data.phases) with the new text under another name"
+      )

@@ -1,0 +1,310 @@
+"""Trains a model: `python -m maxscale.train --config configs/tiny.py [--config.group.option=value ...]`.
+
+Exit codes: 0 the run is complete; 2 the config is wrong (nothing was touched); 75 stopped by Ctrl-C or SIGTERM, saved,
+the same command goes on; 130 a second Ctrl-C, left at once; 1 anything else.
+
+The loop keeps one order, and everything depends on it:
+  1. the batch of step N is there before it is needed (made by threads while N-1 runs);
+  2. step N is dispatched while N-1 runs: the devices never wait for Python;
+  3. the metrics of N-1 are read, which waits until it ends: two steps are in flight at most;
+  4. before a save or an evaluation the step in flight is completed: a save takes a state that will not change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from typing import Any
+
+from maxscale import config as config_lib
+from maxscale.config import Config, ConfigError
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m maxscale.train", description=(__doc__ or "").split("\n")[0])
+  parser.add_argument("--config", required=True, help="a file with get_config(), e.g. configs/tiny.py")
+  parser.add_argument("--print_config", action="store_true", help="print the resolved config and its hash, and stop")
+  parser.add_argument("--audit", action="store_true", help="print each array with its shardings and bytes, and stop")
+  parser.add_argument("--small", action="store_true", help="a scaled-down copy on 8 simulated CPU devices")
+  arguments, rest = parser.parse_known_args(argv)
+  try:
+    small = list(config_lib.SMALL.items()) if arguments.small else []
+    config = config_lib.load(arguments.config, small + config_lib.split_overrides(rest))
+    if arguments.print_config:
+      print(config_lib.to_json(config))
+      print(f"hash {config.hash}", file=sys.stderr)
+      return 0
+    from maxscale import environment
+
+    environment.prepare(config)
+    return audit(config) if arguments.audit else run(config)
+  except ConfigError as e:
+    print(f"{parser.prog}: {e}", file=sys.stderr)
+    return 2
+
+
+def build(config: Config, vocab_size: int) -> Any:
+  """The program of a config on this machine's devices, checked; nothing is compiled.
+
+  Raises:
+    ConfigError: too few devices, or arrays that the rules cannot place.
+  """
+  from maxscale import environment
+  from maxscale.models import remat
+  from maxscale.sharding import mesh, rules
+  from maxscale.step import Program
+
+  devices = environment.devices(config)
+  actions = remat.table(config.remat)
+  if devices[0].platform == "cpu" and actions and "offload" in actions.values():
+    raise ConfigError("remat.table offloads to host memory, which a CPU does not have apart; use keep or recompute")
+  try:
+    shape, device_mesh = mesh.for_config(config, devices)
+  except ConfigError as e:
+    small = "" if config.run.simulated_devices else "; to try the config small on this machine, add --small"
+    raise ConfigError(f"{e}{small}") from None
+  program = Program(config, vocab_size, device_mesh, rules.make(config.sharding, shape.sizes))
+  for batch, length in batch_shapes(config):
+    program.check(batch, length)
+  return program
+
+
+def batch_shapes(config: Config) -> list[tuple[int, int]]:
+  """(B, T) of each phase, without repeats."""
+  shapes, values = [], {"batch_size": config.data.batch_size, "length": config.data.length}
+  for phase in [{}, *config.data.phases]:
+    values |= phase
+    shapes.append((values["batch_size"], values["length"]))
+  return list(dict.fromkeys(shapes))
+
+
+def vocabulary(config: Config) -> tuple[Any, int]:
+  """The tokenizer, and the vocabulary of the model."""
+  from maxscale.data.tokenizers import load_tokenizer
+
+  tokenizer = load_tokenizer(config.data.tokenizer)
+  return tokenizer, config.model.vocab_size or tokenizer.vocab_size
+
+
+def audit(config: Config) -> int:
+  from maxscale.sharding import audit as audits
+
+  program = build(config, vocabulary(config)[1])
+  print(audits.table(program.infos(), program.rules))
+  return 0
+
+
+def run(config: Config) -> int:
+  """Starts or resumes the run of a config and trains to its end; returns the exit code."""
+  from maxscale import resume
+  from maxscale.goodput import events
+  from maxscale.goodput.telemetry import line
+
+  done = resume.check(config)
+  if done is not None and done >= config.run.steps:
+    line(f"{config.run_dir} is complete: {done} steps are in its checkpoint. To go on, raise --config.run.steps; to "
+         "start anew, give another --config.run.dir; to sample: python -m maxscale.generate --run " + config.run_dir)  # fmt: skip
+    return 0
+  log = events.EventLog(config.run_dir, config_hash=config.hash)
+  try:
+    code, reason = Run(config, log).train()
+  except BaseException as e:
+    log.close(2 if isinstance(e, ConfigError) else 1, f"{type(e).__name__}: {e}"[:1000])
+    raise
+  log.close(code, reason)
+  return code
+
+
+class Run:
+  """One attempt at a run: what is opened once, and the loop."""
+
+  def __init__(self, config: Config, log: Any):
+    from maxscale import storage
+    from maxscale.goodput import events
+    from maxscale.goodput.metrics import MetricsWriter
+    from maxscale.goodput.telemetry import line
+
+    self.config, self.log = config, log
+    self.tokenizer, vocab = vocabulary(config)
+    log.enter("device_init")
+    self.program = build(config, vocab)
+    import jax
+
+    events.watch_jax(log)
+    first = jax.devices()[0]
+    log.event("devices", devices=jax.device_count(), device_kind=first.device_kind)
+    if jax.process_index() == 0:
+      storage.write(f"{config.run_dir}/config.json", config_lib.to_json(config))
+    self._announce(line)
+    log.enter("data_init")
+    from maxscale.data.batches import Batches
+
+    self.batches = Batches(config, self.tokenizer)
+    self.heldout = Batches(config, self.tokenizer, "heldout") if config.eval.every else None
+    self.writer = MetricsWriter(config.run_dir, config.log.tensorboard) if jax.process_index() == 0 else None
+
+  def _announce(self, line: Any) -> None:
+    from maxscale.models import module
+    from maxscale.sharding import audit as audits
+
+    program, c = self.program, self.config
+    parameters = module.count(program.skeleton.specs)
+    state = audits.bytes_per_device(program.infos(), program.rules)
+    sizes = {axis: n for axis, n in program.rules.sizes.items() if n > 1}
+    devices = program.mesh.devices.size
+    line(f"run {c.run.name} in {c.run_dir}, attempt {self.log.attempt}, config {c.hash}")
+    mesh = " x ".join(f"{axis}={n}" for axis, n in sizes.items()) or "one device"
+    line(f"mesh {mesh} ({devices} x {program.mesh.devices.flat[0].device_kind}), "
+         f"batch {c.data.batch_size} x {c.data.length} tokens")  # fmt: skip
+    line(f"{parameters:,} parameters; state {state / 2**20:.1f} MiB on a device")
+
+  def train(self) -> tuple[int, str]:
+    """Restores or initialises, compiles, loops, ends; returns (exit code, reason)."""
+    from maxscale import resume
+    from maxscale.checkpoint.manager import Checkpointer
+    from maxscale.goodput.telemetry import line
+    from maxscale.resilience.interrupt import INTERRUPTED, Interrupt
+
+    c = self.config
+    with Interrupt() as interrupt:
+      state, start = resume.restore_or_initialise(self)
+      self.compiled = {shape: self._compile(*shape) for shape in batch_shapes(c)}
+      saver = Checkpointer(c.run_dir, c.checkpoint.keep, c.checkpoint.keep_every, c.checkpoint.timeout, self.log.event)
+      state, step = self._loop(state, start, saver, interrupt)
+      self.log.enter("finish")
+      saver.close()
+      if interrupt.requested:
+        line(
+          f"stopped by {interrupt.requested} after step {step}; the checkpoint is complete, the same command goes on"
+        )
+        self.close()
+        return INTERRUPTED, interrupt.requested
+      from maxscale import finish
+
+      finish.finish(self, state)
+      return 0, "complete"
+
+  def close(self) -> None:
+    if self.writer:
+      self.writer.close()
+
+  def _compile(self, batch: int, length: int) -> tuple[Any, float]:
+    """The compiled step for a batch [B, T], and the matmul FLOPs that it executes."""
+    from maxscale.goodput.telemetry import line
+    from maxscale.perf import flops
+
+    with self.log.state("compile"):
+      start = time.perf_counter()
+      traced = self.program.train().trace(self.program.abstract_state(), self.program.abstract_batch(batch, length))
+      compiled = traced.lower().compile()
+      memory = compiled.memory_analysis()
+      line(f"compiled the step for {batch} x {length} in {time.perf_counter() - start:.1f} s; predicted memory on a "
+           f"device: {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:.1f} MiB, of it "
+           f"{memory.temp_size_in_bytes / 2**20:.1f} temporaries")  # fmt: skip
+      return compiled, flops.jaxpr_flops(traced.jaxpr)
+
+  def _loop(self, state: Any, start: int, saver: Any, interrupt: Any) -> tuple[Any, int]:
+    """Steps from `start` (steps done) to the end or an interrupt; returns the saved state and its step."""
+    from maxscale.data.feed import Feed
+    from maxscale.goodput.telemetry import Pending, Telemetry
+
+    c, log = self.config, self.log
+    telemetry = Telemetry(log, self.writer, self._rates(), c.run.steps, c.log.every)
+    feed = Feed(c, self.batches, start, c.run.steps, self.program.batch_sharding)
+    pending: Pending | None = None
+    gc.collect()
+    gc.freeze()  # what exists now lives to the end; from here the collector runs at saves and evaluations only
+    gc.disable()
+    log.enter("step")
+    try:
+      for step in range(start + 1, c.run.steps + 1):
+        self._profile(step)
+        if feed.waiting:
+          with log.state("data_wait"):
+            batch = next(feed)
+        else:
+          batch = next(feed)
+        shape = self.batches.shape(step - 1)
+        program, executed = self.compiled[shape]
+        dispatched = time.perf_counter()
+        state, metrics = program(state, batch)  # step N; N-1 is still running
+        previous, pending = pending, Pending(step, metrics, shape[0] * shape[1], shape[1], executed, dispatched)
+        if previous:
+          telemetry.complete(previous)
+        stop = bool(interrupt.requested) or step == c.run.steps
+        save, evaluate = stop or step % c.checkpoint.every == 0, c.eval.every and step % c.eval.every == 0
+        if save or evaluate:
+          telemetry.complete(pending)
+          pending = None
+          if save:
+            self._save(saver, state, step)
+          if evaluate and not interrupt.requested:
+            self.evaluate(state, step)
+          gc.collect()
+        if stop:
+          return state, step
+    finally:
+      feed.close()
+      gc.enable()
+    return state, start
+
+  def _save(self, saver: Any, state: Any, step: int) -> None:
+    from maxscale.checkpoint.commit import Meta
+    from maxscale.resume import leaves
+
+    data = json.dumps(self.batches.fingerprint, sort_keys=True)
+    meta = Meta(self.config.hash, config_lib.to_json(self.config), data)
+    with self.log.state("save"):
+      saver.save(step, state, leaves(self.program), meta)
+
+  def evaluate(self, state: Any, step: int) -> float:
+    """Held-out loss in nats per token over eval.batches fixed batches."""
+    from maxscale.data.feed import place
+    from maxscale.goodput.telemetry import line
+
+    with self.log.state("eval"):
+      start = time.perf_counter()
+      sums = []
+      program = self.__dict__.setdefault("_evaluate", self.program.evaluate())
+      for i in range(self.config.eval.batches):
+        batch = place(self.heldout.batch(i), self.heldout.shape(i)[0], self.program.batch_sharding)
+        sums.append([float(x) for x in program(state["params"], batch)])
+      loss = sum(s[0] for s in sums) / max(1, sum(s[1] for s in sums))
+      seconds = time.perf_counter() - start
+      self.log.event("eval", step=step, loss=loss, seconds=seconds)
+      if self.writer:
+        self.writer.write(step, {"heldout_loss": loss})
+        line(f"step {step}  held-out loss {loss:.4f} nats per token ({seconds:.1f} s)")
+    return loss
+
+  def _rates(self) -> Any:
+    from maxscale.goodput.telemetry import Rates
+    from maxscale.perf import flops, hardware
+
+    c, devices = self.config, self.program.mesh.devices
+    device = devices.flat[0]
+    if c.log.peak_tflops:
+      peak = c.log.peak_tflops * 1e12
+    elif device.platform == "cpu":
+      peak = hardware.measured_matmul_flops(c.model.compute_dtype).flops / devices.size
+    else:
+      known = hardware.peak_flops(device, c.model.compute_dtype)
+      peak = known.flops if known else None
+    return Rates(flops.from_config(c, self.program.vocab_size), devices.size, peak)
+
+  def _profile(self, step: int) -> None:
+    import jax
+
+    first, count = self.config.log.profile_start, self.config.log.profile_steps
+    if first and step == first:
+      jax.profiler.start_trace(f"{self.config.run_dir}/profile")
+    elif first and step == first + count:
+      jax.profiler.stop_trace()
+      self.log.event("profile", step=first, path=f"{self.config.run_dir}/profile")
+
+
+if __name__ == "__main__":
+  sys.exit(main())
