@@ -104,17 +104,17 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k
     [B, T, N, H] in the dtype of q.
   """
   if sharding.platform() == "tpu" and q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0:
-    f = _splash
+    f = splash_attention
   else:
-    f = functools.partial(_xla_attention, offset=offset)
+    f = functools.partial(xla_attention, offset=offset)
   q_names, k_names = ("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim")
   segments = ("batch", "length")
-  if f is _splash:
+  if f is splash_attention:
     f = sharding.on_shards(f, (q_names, k_names, k_names, segments, segments), q_names)
   return f(q, k, v, q_segments, k_segments)
 
 
-def _xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array,
+def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array,
                    offset: jax.Array | int) -> jax.Array:  # fmt: skip
   b, t, n, h = q.shape
   s, kv = k.shape[1], k.shape[2]
@@ -126,7 +126,7 @@ def _xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Arr
   return jnp.einsum("bkgts,bskh->btkgh", weights.astype(q.dtype), v).reshape(b, t, n, h)
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array) -> jax.Array:
+def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array) -> jax.Array:
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

@@ -112,7 +112,14 @@ def _chunk(
   if not gradients:
     return loss.sum(), nll.sum(), None, None
   p = jnp.exp(logits - log_z[:, None])
-  dlogits = ((p * (1 + 2 * spec.z_loss * log_z)[:, None] - hit) * (scale * valid)[:, None]).astype(x.dtype)
-  dx = sharding.psum(jnp.einsum("cv,vd->cd", dlogits, table), "vocab")
-  dw = jnp.einsum("cv,cd->vd", dlogits, x, preferred_element_type=jnp.dtype(spec.grad_dtype))
+  # Left in float32: the compiler then computes it inside both matmuls (which round it themselves, as their precision
+  # says) instead of writing it out: 15% of the head's cycles on v5p.
+  dlogits = (p * (1 + 2 * spec.z_loss * log_z)[:, None] - hit) * (scale * valid)[:, None]
+  dx = sharding.psum(_dot(dlogits, table, 1, 0, x.dtype), "vocab")
+  dw = _dot(dlogits, x, 0, 0, jnp.dtype(spec.grad_dtype))
   return loss.sum(), nll.sum(), dx, dw
+
+
+def _dot(a: jax.Array, b: jax.Array, i: int, j: int, dtype: Any) -> jax.Array:
+  """Contracts dimension i of a with j of b; operands may have different dtypes, which einsum would widen."""
+  return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=dtype)

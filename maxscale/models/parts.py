@@ -229,9 +229,8 @@ def _experts(x_btd: jax.Array, gates: jax.Array, ids: jax.Array, *weights: jax.A
   x = _spread(x_btd.reshape(-1, d), order, inverse, a)
   gate = checkpoint_name(kernels.grouped_matmul(x, gate_w, gate_m, sizes), "gate")
   up = checkpoint_name(kernels.grouped_matmul(x, up_w, up_m, sizes), "up")
-  # The router's weight goes in here, where it joins an elementwise fusion; the sum over experts is then a plain one.
-  hidden = jax.nn.silu(gate) * up * _spread(gates.reshape(-1), order, inverse, 1)[:, None]
-  y = kernels.grouped_matmul(hidden, down_w, down_m, sizes)
+  y = kernels.grouped_matmul(jax.nn.silu(gate) * up, down_w, down_m, sizes)
+  y = y * _spread(gates.reshape(-1), order, inverse, 1)[:, None]
   return sharding.psum(_gather(y, order, inverse, a), "mlp").reshape(x_btd.shape)
 
 
