@@ -255,7 +255,7 @@ def default() -> ml_collections.ConfigDict:
   config.lock()
   for path, (value, _) in flatten(Config()).items():
     if isinstance(value, dict):
-      node = config
+      node: Any = config
       for key in path.split("."):
         node = node[key]
       node.unlock()
@@ -271,7 +271,7 @@ def differences(old: Config, new: Config) -> list[tuple[str, str, Any, Any]]:
 # ---- loading: file, overrides, types
 
 
-def load(path: str, overrides: list[tuple[str, str]] = ()) -> Config:
+def load(path: str, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
   """Reads a config file, applies `(dotted option, text)` overrides, checks, freezes.
 
   Raises:
@@ -315,6 +315,7 @@ def _read_file(path: str) -> dict:
     hint = f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
     raise ConfigError(f"there is no config file {path}{hint}")
   spec = importlib.util.spec_from_file_location("maxscale_config_file", path)
+  assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
@@ -379,7 +380,7 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
   for key, value in tree.items():
     path, want = prefix + key, hints[key]
     if dataclasses.is_dataclass(want):
-      values[key] = _build(want, value, path + ".")
+      values[key] = _build(typing.cast(type, want), value, path + ".")
     else:
       values[key] = _typed(path, value, want)
       choices = fields[key].metadata["choices"]
@@ -494,7 +495,7 @@ def nearest_divisors(n: int, value: int) -> str:
 def _check_model(config: Config) -> None:
   m = config.model
   _require(
-    m.head_dim or m.embed % m.heads == 0,
+    bool(m.head_dim) or m.embed % m.heads == 0,
     f"model.embed={m.embed} is not divisible by model.heads={m.heads}; set model.heads to "
     f"{nearest_divisors(m.embed, m.heads)}, or give model.head_dim",
   )

@@ -6,6 +6,7 @@ must be able to tell a torn object from a whole one, so whatever decides somethi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,10 +31,8 @@ def write(p: str | os.PathLike, data: bytes | str) -> None:
     f.write(data)
     f.flush()
     if hasattr(f, "fileno"):
-      try:
+      with contextlib.suppress(OSError):  # object stores have no descriptor; closing the object commits it
         os.fsync(f.fileno())
-      except OSError:  # object stores have no descriptor; closing the object commits it
-        pass
 
 
 def write_sealed(p: str | os.PathLike, value: Any) -> None:

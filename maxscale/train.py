@@ -219,6 +219,7 @@ class Run:
     gc.freeze()  # what exists now lives to the end; from here the collector runs at saves and evaluations only
     gc.disable()
     log.enter("step")
+    busy = time.thread_time()
     try:
       for step in range(start + 1, c.run.steps + 1):
         self._profile(step)
@@ -247,6 +248,7 @@ class Run:
         if stop:
           return state, step
     finally:
+      self.host_seconds = time.thread_time() - busy  # CPU time of this thread: waiting for a device costs none
       feed.close()
       gc.enable()
     return state, start
@@ -265,12 +267,14 @@ class Run:
     from maxscale.data.feed import place
     from maxscale.goodput.telemetry import line
 
+    heldout = self.heldout
+    assert heldout is not None, "an evaluation needs eval.every > 0"
     with self.log.state("eval"):
       start = time.perf_counter()
       sums = []
       program = self.__dict__.setdefault("_evaluate", self.program.evaluate())
       for i in range(self.config.eval.batches):
-        batch = place(self.heldout.batch(i), self.heldout.shape(i)[0], self.program.batch_sharding)
+        batch = place(heldout.batch(i), heldout.shape(i)[0], self.program.batch_sharding)
         sums.append([float(x) for x in program(state["params"], batch)])
       loss = sum(s[0] for s in sums) / max(1, sum(s[1] for s in sums))
       seconds = time.perf_counter() - start

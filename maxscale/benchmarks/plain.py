@@ -37,7 +37,8 @@ def step(s: Shape, attention: Callable, z_loss: float) -> tuple[Callable, Callab
   def train(params: Tree, state: Any, batch: Tree) -> tuple[Tree, Any, jax.Array]:
     loss, grads = jax.value_and_grad(lambda p: _loss(s, attention, z_loss, p, batch))(params)
     updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, loss
+    new: Any = optax.apply_updates(params, updates)
+    return new, state, loss
 
   return tx.init, train
 
@@ -80,7 +81,7 @@ def _moe(s: Shape, x: jax.Array, router: jax.Array, c: Tree) -> tuple[jax.Array,
   rows = flat[order // s.A]
   hidden = jax.nn.silu(jax.lax.ragged_dot(rows, c["gate"], sizes)) * jax.lax.ragged_dot(rows, c["up"], sizes)
   out = jax.lax.ragged_dot(hidden, c["down"], sizes) * gates.reshape(-1)[order][:, None]
-  y = jnp.zeros_like(flat).at[order // s.A].add(out).reshape(x.shape)
+  y = out[jnp.argsort(order)].reshape(-1, s.A, s.D).sum(1).reshape(x.shape)
   share = jax.nn.one_hot(ids, s.E).sum(2).mean(1) / s.A
   balance = jnp.sum(share * probs.mean(1)) * s.E / x.shape[0]
   return y, 0.01 * balance + 0.001 * jnp.mean(jax.nn.logsumexp(logits, -1) ** 2)
@@ -101,4 +102,4 @@ def attention_for(platform: str) -> Callable:
   """The same attention as the framework's, so that the comparison is of all the rest."""
   if platform == "tpu":
     return kernels.splash_attention
-  return lambda *args: kernels.xla_attention(*args, offset=0)
+  return kernels.xla_attention

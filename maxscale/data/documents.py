@@ -197,7 +197,7 @@ def _parquet(where: str, paths: list[str], column: str, mine: Split) -> Iterator
 
 
 def _arrayrecord(where: str, paths: list[str], column: str, mine: Split) -> Iterator[str]:
-  from array_record.python import array_record_module
+  from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]: it has no stubs
 
   ordinal = 0
   for path in paths:

@@ -26,7 +26,7 @@ def place(batch: dict[str, np.ndarray], size: int, sharding_of: Shardings) -> di
   """Global arrays from this process's rows; `size` is B of the global batch."""
 
   def global_array(key: str, value: np.ndarray) -> jax.Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
       first, last, _ = index[0].indices(size)
       at = int(np.searchsorted(batch["rows"], first))  # `rows` is sorted, so a slice of the batch is one of ours
       return value[(slice(at, at + last - first), *index[1:])]

@@ -58,7 +58,6 @@ class Telemetry:
     self._last_end = 0.0
     self._skipped = 0
     self._recent: list[float] = []
-    self.host_seconds: list[float] = []  # of each step, spent by the framework's own Python
 
   def complete(self, pending: Pending) -> dict[str, float]:
     """Waits for a step to end; records and shows it. Its time runs from the end of the one before, or its dispatch."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from maxscale.sharding import context as sharding
 
 Names = tuple[str | None, ...]
+custom_vjp: Any = jax.custom_vjp  # its own type loses the signature behind a partial
 TOKENS, INNER = ("batch", "length"), ("batch", "length", "embed")
 
 
@@ -19,7 +20,7 @@ def use_weight(w: jax.Array, names: Names, dtype: Any) -> jax.Array:
   return sharding.constrain(w.astype(dtype), names)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+@functools.partial(custom_vjp, nondiff_argnums=(0, 3, 4))
 def matmul(spec: str, x: jax.Array, w: jax.Array, names: Names, grad_dtype: str) -> jax.Array:
   """einsum(spec, x, w) in the dtype of x, for a parameter w with dimensions `names`.
 
@@ -44,7 +45,7 @@ def _matmul_bwd(spec: str, names: Names, grad_dtype: str, residuals: Any, dy: ja
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(custom_vjp, nondiff_argnums=(2, 3, 4))
 def lookup(table: jax.Array, tokens: jax.Array, names: Names, dtype: str, grad_dtype: str) -> jax.Array:
   """Rows of an embedding table [V, D] for tokens [B, T], in `dtype`; its gradient is made in `grad_dtype`.
 
@@ -103,19 +104,16 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k
   Returns:
     [B, T, N, H] in the dtype of q.
   """
-  if sharding.platform() == "tpu" and q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0:
-    f = splash_attention
-  else:
-    f = functools.partial(xla_attention, offset=offset)
+  if sharding.platform() != "tpu" or q.shape[1] != k.shape[1] or q.shape[1] % 128:
+    return xla_attention(q, k, v, q_segments, k_segments, offset)
   q_names, k_names = ("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim")
-  segments = ("batch", "length")
-  if f is splash_attention:
-    f = sharding.on_shards(f, (q_names, k_names, k_names, segments, segments), q_names)
+  f = sharding.on_shards(splash_attention, (q_names, k_names, k_names, TOKENS, TOKENS), q_names)
   return f(q, k, v, q_segments, k_segments)
 
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array,
-                   offset: jax.Array | int) -> jax.Array:  # fmt: skip
+                  offset: jax.Array | int = 0) -> jax.Array:  # fmt: skip
+  """`attention` as XLA compiles it anywhere: the whole [T, S] matrix of a head exists."""
   b, t, n, h = q.shape
   s, kv = k.shape[1], k.shape[2]
   q = q.reshape(b, t, kv, n // kv, h) * h**-0.5
@@ -126,7 +124,10 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Arra
   return jnp.einsum("bkgts,bskh->btkgh", weights.astype(q.dtype), v).reshape(b, t, n, h)
 
 
-def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array) -> jax.Array:
+def splash_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array
+) -> jax.Array:
+  """`attention` by the TPU kernel; T is a multiple of 128. No [T, T] matrix exists."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -164,7 +165,7 @@ def grouped_matmul(x: jax.Array, w: jax.Array, master: jax.Array, sizes: jax.Arr
   return _grouped(x, w, master, sizes)
 
 
-@jax.custom_vjp
+@custom_vjp
 def _grouped(x: jax.Array, w: jax.Array, master: jax.Array, sizes: jax.Array) -> jax.Array:
   if sharding.platform() == "cpu":
     return _blocks_forward(x, w, sizes)

@@ -27,7 +27,7 @@ class LossSpec:
   grad_dtype: str
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(kernels.custom_vjp, nondiff_argnums=(0,))
 def cross_entropy(
   spec: LossSpec, x_btd: jax.Array, table_vd: jax.Array, targets_bt: jax.Array, scale: jax.Array
 ) -> Any:
@@ -93,6 +93,7 @@ def _shard(
   loss, nll = (sharding.psum(sharding.psum(v, "batch"), "length") for v in (loss, nll))
   if not gradients:
     return loss, nll
+  assert dx is not None and dw is not None
   return loss, nll, dx.reshape(x_btd.shape), sharding.psum(sharding.psum(dw, "batch"), "length")
 
 

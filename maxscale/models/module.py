@@ -32,7 +32,9 @@ class ParamSpec:
   stacked: bool
 
 
-def param(shape: Sequence[int], names: Sequence[str], std: float | None, logical: Sequence[int] = ()) -> nnx.Param:
+def param(
+  shape: Sequence[int], names: Sequence[str | None], std: float | None, logical: Sequence[int] = ()
+) -> nnx.Param:
   """Declares a parameter of a module; `logical` where `shape` is padded."""
   return nnx.Param(
     jax.ShapeDtypeStruct(tuple(shape), jnp.float32),

@@ -149,17 +149,18 @@ class MLP(Weights):
     return checkpoint_name(self.product("btf,fd->btd", jax.nn.silu(gate) * up, self.down), "mlp_out"), {}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(kernels.custom_vjp, nondiff_argnums=(3,))
 def _spread(x: jax.Array, order: jax.Array, inverse: jax.Array, copies: int) -> jax.Array:
   """Row i of the result [M, ...] is row order[i] // copies of x; its transpose is `_gather`, so no scatter is needed."""
   return x[order // copies]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(kernels.custom_vjp, nondiff_argnums=(3,))
 def _gather(y: jax.Array, order: jax.Array, inverse: jax.Array, copies: int) -> jax.Array:
   """Row t of the result is the sum of the `copies` rows of y that `_spread` made of row t."""
   places = inverse.reshape(-1, copies)
-  return sum(y[places[:, j]] for j in range(copies))  # k row gathers: no [tokens, k, D] array
+  rows = [y[places[:, j]] for j in range(copies)]  # k row gathers: no [tokens, k, D] array
+  return functools.reduce(jnp.add, rows)
 
 
 _spread.defvjp(

@@ -7,7 +7,6 @@ is kept as {"mu/<parameter path>": ..., "nu/<parameter path>": ..., "count": ...
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,15 +17,16 @@ from maxscale.config import Config
 from maxscale.config import Optimizer as Options
 from maxscale.models.module import ParamSpec, Tree, flatten, nest
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = optax.Schedule
 
 
 def schedule(o: Options, steps: int) -> Schedule:
-  """Learning rate as a function of the step (the first has 0), over `steps` steps.
+  """Learning rate as a function of the step (the first is step 0), over `steps` steps.
 
-  Linear warm-up, then cosine or linear to final_fraction; wsd stays at the peak and falls linearly at the end.
+  Linear warm-up, then cosine or linear to final_fraction, which the last step has; wsd stays at the peak and falls
+  linearly at the end.
   """
-  peak, end, rest = o.learning_rate, o.learning_rate * o.final_fraction, max(1, steps - o.warmup_steps)
+  peak, end, rest = o.learning_rate, o.learning_rate * o.final_fraction, max(1, steps - 1 - o.warmup_steps)
   # Step 0 already learns: the warm-up reaches the peak at step warmup_steps - 1.
   warmup = optax.linear_schedule(peak / max(1, o.warmup_steps), peak, max(1, o.warmup_steps - 1))
   if o.schedule == "cosine":

@@ -56,7 +56,7 @@ def check(infos: Iterable[ArrayInfo], rules: Rules, replicated_limit_mib: float)
 
 def table(infos: Iterable[ArrayInfo], rules: Rules) -> str:
   """The audit as text, one array a line, with the reason where an array is replicated."""
-  rows = [("array", "shape", "logical axes", *ROLES, "MiB/device", "")]
+  rows: list[tuple[str, ...]] = [("array", "shape", "logical axes", *ROLES, "MiB/device", "")]
   infos = list(infos)
   for info in infos:
     specs = [_spec_text(info, rules, role) for role in ROLES]

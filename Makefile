@@ -1,0 +1,42 @@
+# Two commands do all the set-up: `make train` and `make test`. PYTHON is any Python from 3.11 on with venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test test-slow lint crash bitflips bench clean
+
+# The packages are what requirements.txt pins; the marker is newer than it once they are installed.
+.venv/installed: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+train: .venv/installed
+	$(BIN)/python -m maxscale.train --config configs/tiny.py
+
+test: .venv/installed-dev lint
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+crash: .venv/installed-dev
+	$(BIN)/python -m tests.crash --times 10
+
+bitflips: .venv/installed-dev
+	$(BIN)/python -m tests.checkpoint.bitflips --flips 60
+
+bench: .venv/installed-dev
+	$(BIN)/python -m maxscale.bench
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,15 @@
+"""The pytest process: one CPU device. What needs more devices runs in a process of its own (tests/multidevice.py)."""
+
+import os
+import pathlib
+import re
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+own = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
+# Tests compile more than they compute: LLVM's optimisations, which change no value beyond rounding, double their time.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {own}".strip()
+
+ROOT = str(pathlib.Path(__file__).parents[1])
+if ROOT not in sys.path:  # `pytest` alone; `python -m pytest` adds it itself
+  sys.path.insert(0, ROOT)
