@@ -25,6 +25,8 @@ from typing import Any
 
 import ml_collections
 
+from maxscale.errors import UserError
+
 IDENTITY, SCHEDULE, RUNTIME = "identity", "schedule", "runtime"
 MESH_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")  # outermost first
 TRAINABLE_AXES = ("data", "fsdp", "tensor")  # the others are in the contract, and refused until they work
@@ -42,8 +44,10 @@ SMALL = {
 }  # fmt: skip
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
   """A config that cannot run. The message names the option and says what to change."""
+
+  exit_code = 2
 
 
 def option(default: Any, kind: str, meaning: str, choices: tuple = ()) -> Any:
@@ -97,7 +101,7 @@ class Loss:
 @dataclasses.dataclass(frozen=True)
 class Data:
   sources: dict = option(
-    {"stdlib": {"kind": "stdlib"}}, SCHEDULE, "name -> {kind, path, column, heldout} (data/sources.py)"
+    {"stdlib": {"kind": "stdlib"}}, SCHEDULE, "name -> {kind, path, column, dtype, heldout} (data/sources.py)"
   )
   mixture: dict = option({}, SCHEDULE, "source name -> weight; empty: every source equally")
   tokenizer: str = option("bytes", IDENTITY, "bytes, or the path of a tokenizer.json or SentencePiece .model")
@@ -108,6 +112,24 @@ class Data:
   prefetch: int = option(8, RUNTIME, "batches read ahead")
   threads: int = option(2, RUNTIME, "threads that read batches")
   deadline: float = option(3600.0, RUNTIME, "seconds to wait for another process that tokenises the corpus")
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """What holds from a step on."""
+
+  start: int
+  batch_size: int
+  length: int
+  mixture: dict
+
+
+def phases(data: Data) -> list[Phase]:
+  """The phases of a schedule: the first is `data.*` itself, each later one inherits what it does not change."""
+  out = [Phase(0, data.batch_size, data.length, data.mixture)]
+  for changes in data.phases:
+    out.append(dataclasses.replace(out[-1], **changes))
+  return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,9 +353,9 @@ def _read_file(path: str) -> dict:
 
 def _nearest(path: str, paths: typing.Iterable[str]) -> str:
   paths = list(paths)
-  near = difflib.get_close_matches(path, paths, 1, 0.5)
-  if not near:  # the same last name elsewhere in the tree is what people most often mean
-    near = [p for p in paths if p.split(".")[-1] == path.split(".")[-1]]
+  # the same last name elsewhere in the tree is what people most often mean
+  same = [p for p in paths if p.split(".")[-1] == path.split(".")[-1]]
+  near = difflib.get_close_matches(path, same, 1, 0) or difflib.get_close_matches(path, paths, 1, 0.5)
   return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted({p.split('.')[0] for p in paths}))}"
 
 
@@ -349,8 +371,10 @@ def _override(tree: dict, path: str, text: str) -> None:
     raise ConfigError(f"unknown option {path!r}{_nearest(path, fields)}")
   want = type(fields[owner][0]) if owner == path else object
   node = tree
-  for key in keys[:-1]:
+  for i, key in enumerate(keys[:-1]):
     node = node.setdefault(key, {})
+    if not isinstance(node, dict):
+      raise ConfigError(f"{path}: {'.'.join(keys[: i + 1])}={node!r} has nothing inside it")
   node[keys[-1]] = _parse(path, text, want)
 
 

@@ -11,6 +11,7 @@ import sys
 
 from maxscale import config as config_lib
 from maxscale.config import Config, ConfigError, Mesh
+from maxscale.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,16 +23,14 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--seed", type=int, default=0, help="of the sampling")
   parser.add_argument("--step", type=int, help="step of the checkpoint; default: the newest that verifies")
   arguments = parser.parse_args(argv)
-  from maxscale.checkpoint.layout import CheckpointError
-
   try:
     if arguments.tokens < 1 or arguments.temperature < 0:
       raise ConfigError("--tokens must be at least 1 and --temperature at least 0")
     print(generate(arguments))
     return 0
-  except (ConfigError, CheckpointError) as e:
+  except UserError as e:
     print(f"{parser.prog}: {e}", file=sys.stderr)
-    return 2
+    return e.exit_code
 
 
 def generate(arguments: argparse.Namespace) -> str:

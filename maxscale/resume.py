@@ -11,7 +11,7 @@ from maxscale.config import IDENTITY, SCHEDULE, Config, ConfigError
 
 
 def check(config: Config) -> int | None:
-  """Compares a config with the newest checkpoint of its run; imports no JAX.
+  """Compares a config with the newest checkpoint of its run; touches no device.
 
   Returns:
     Steps done in that checkpoint, or None where there is none.
@@ -47,17 +47,9 @@ def _saved(config: Config) -> tuple[int, dict[str, Any]] | None:
   return None
 
 
-def _history(config: Config, step: int) -> list[tuple]:
-  """(start, batch size, length, mixture) of the phases that began before a step."""
-  values = {"start": 0, "batch_size": config.data.batch_size, "length": config.data.length,
-            "mixture": config.data.mixture}  # fmt: skip
-  out: list[tuple] = []
-  for phase in [{}, *config.data.phases]:
-    values = {**values, **phase}
-    now = (values["batch_size"], values["length"], values["mixture"])
-    if values["start"] < step and (not out or out[-1][1:] != now):
-      out.append((values["start"], *now))
-  return out
+def _history(config: Config, step: int) -> list[config_lib.Phase]:
+  """The phases that began before a step."""
+  return [phase for phase in config_lib.phases(config.data) if phase.start < step]
 
 
 def leaves(program: Any, prefix: str = "") -> tuple:
@@ -85,7 +77,8 @@ def restore_or_initialise(run: Any) -> tuple[Any, int]:
   from maxscale.goodput.telemetry import line
 
   config, log, program = run.config, run.log, run.program
-  if not commit.steps(config.run_dir):
+  damaged = [s for s in commit.folders(config.run_dir) if (commit.folder(config.run_dir, s) / commit.BAD).exists()]
+  if not damaged and not commit.steps(config.run_dir):  # where all are damaged the run stops, it does not begin anew
     with log.state("init"):
       return jax.block_until_ready(program.initialise()()), 0
   with log.state("restore"):

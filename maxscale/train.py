@@ -21,6 +21,7 @@ from typing import Any
 
 from maxscale import config as config_lib
 from maxscale.config import Config, ConfigError
+from maxscale.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,13 +38,28 @@ def main(argv: list[str] | None = None) -> int:
       print(config_lib.to_json(config))
       print(f"hash {config.hash}", file=sys.stderr)
       return 0
+    check(config)
     from maxscale import environment
 
     environment.prepare(config)
     return audit(config) if arguments.audit else run(config)
-  except ConfigError as e:
+  except UserError as e:
     print(f"{parser.prog}: {e}", file=sys.stderr)
-    return 2
+    return e.exit_code
+
+
+def check(config: Config) -> None:
+  """The checks that belong to a library of their own and need no device.
+
+  Raises:
+    ConfigError: a source or the remat table is wrong.
+  """
+  from maxscale.data.sources import check_spec
+  from maxscale.models import remat
+
+  remat.table(config.remat)
+  for name, spec in config.data.sources.items():
+    check_spec(name, spec)
 
 
 def build(config: Config, vocab_size: int) -> Any:
@@ -74,11 +90,7 @@ def build(config: Config, vocab_size: int) -> Any:
 
 def batch_shapes(config: Config) -> list[tuple[int, int]]:
   """(B, T) of each phase, without repeats."""
-  shapes, values = [], {"batch_size": config.data.batch_size, "length": config.data.length}
-  for phase in [{}, *config.data.phases]:
-    values |= phase
-    shapes.append((values["batch_size"], values["length"]))
-  return list(dict.fromkeys(shapes))
+  return list(dict.fromkeys((p.batch_size, p.length) for p in config_lib.phases(config.data)))
 
 
 def vocabulary(config: Config) -> tuple[Any, int]:
@@ -112,7 +124,7 @@ def run(config: Config) -> int:
   try:
     code, reason = Run(config, log).train()
   except BaseException as e:
-    log.close(2 if isinstance(e, ConfigError) else 1, f"{type(e).__name__}: {e}"[:1000])
+    log.close(e.exit_code if isinstance(e, UserError) else 1, f"{type(e).__name__}: {e}"[:1000])
     raise
   log.close(code, reason)
   return code
@@ -212,7 +224,7 @@ class Run:
     from maxscale.goodput.telemetry import Pending, Telemetry
 
     c, log = self.config, self.log
-    telemetry = Telemetry(log, self.writer, self._rates(), c.run.steps, c.log.every)
+    telemetry = Telemetry(log, self.writer, self._rates(), c.run.steps, c.log.every, int(state["skipped"]))
     feed = Feed(c, self.batches, start, c.run.steps, self.program.batch_sharding)
     pending: Pending | None = None
     gc.collect()

@@ -16,10 +16,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from maxscale.errors import UserError
+
 Region = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
   """A checkpoint that cannot be written or read. The message names what failed and says what to change."""
 
 

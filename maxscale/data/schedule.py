@@ -54,23 +54,20 @@ class Schedule:
 
   def __init__(self, data: config_lib.Data, seed: int):
     """Raises ConfigError where a weight is too small for a cycle."""
-    values = {"start": 0, "batch_size": data.batch_size, "length": data.length, "mixture": data.mixture}
     self.phases: list[Phase] = []
     taken: dict[tuple[str, int], int] = {}
-    for i, changes in enumerate([{}, *data.phases]):
-      values = {**values, **changes}
+    for i, phase in enumerate(config_lib.phases(data)):
       if self.phases:
         last = self.phases[-1]
-        used = last.consumed((values["start"] - last.start) * last.batch_size)
+        used = last.consumed((phase.start - last.start) * last.batch_size)
         taken.update({(s, last.length): int(n) for s, n in zip(last.sources, last.base + used)})
-      mixture = values["mixture"] or dict.fromkeys(data.sources, 1.0)
-      path = f"data.phases[{i - 1}].mixture" if changes.get("mixture") else "data.mixture"
-      counts = _counts(mixture, path)
+      path = "data.mixture" if i == 0 or not data.phases[i - 1].get("mixture") else f"data.phases[{i - 1}].mixture"
+      counts = _counts(phase.mixture or dict.fromkeys(data.sources, 1.0), path)
       names = tuple(counts)
-      base = np.array([taken.get((name, values["length"]), 0) for name in names])
+      base = np.array([taken.get((name, phase.length), 0) for name in names])
       cycle, rank = _deal(np.array(list(counts.values())), seed)
       dealt = (names, cycle, rank, np.array(list(counts.values())), base)
-      self.phases.append(Phase(values["start"], values["batch_size"], values["length"], *dealt))
+      self.phases.append(Phase(phase.start, phase.batch_size, phase.length, *dealt))
     self._starts = [phase.start for phase in self.phases]
 
   @property

@@ -51,12 +51,17 @@ class Pending:
 
 
 class Telemetry:
-  """Reads the metrics of a step once it is complete. Nothing here runs between a batch and its dispatch."""
+  """Reads the metrics of a step once it is complete. Nothing here runs between a batch and its dispatch.
 
-  def __init__(self, log: EventLog, writer: MetricsWriter | None, rates: Rates, steps: int, every: int):
+  `skipped`: steps that earlier attempts skipped.
+  """
+
+  def __init__(
+    self, log: EventLog, writer: MetricsWriter | None, rates: Rates, steps: int, every: int, skipped: int = 0
+  ):
     self._log, self._writer, self._rates, self._steps, self._every = log, writer, rates, steps, every
     self._last_end = 0.0
-    self._skipped = 0
+    self._skipped = skipped
     self._recent: list[float] = []
 
   def complete(self, pending: Pending) -> dict[str, float]:

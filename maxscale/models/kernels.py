@@ -111,17 +111,37 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k
   return f(q, k, v, q_segments, k_segments)
 
 
+CAUSAL_BLOCKS = 4  # of queries: later keys are left out of each, which saves three eighths of the work
+
+
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array,
                   offset: jax.Array | int = 0) -> jax.Array:  # fmt: skip
-  """`attention` as XLA compiles it anywhere: the whole [T, S] matrix of a head exists."""
+  """`attention` as XLA compiles it anywhere; the [T/4, S] matrix of a block of queries exists."""
+  t = q.shape[1]
+  if t != k.shape[1] or t % CAUSAL_BLOCKS or t < 128:
+    return _attend(q, k, v, q_segments, k_segments, offset)
+  size = t // CAUSAL_BLOCKS
+  blocks = [(i * size, (i + 1) * size) for i in range(CAUSAL_BLOCKS)]
+  return jnp.concatenate(
+    [_attend(q[:, a:z], k[:, :z], v[:, :z], q_segments[:, a:z], k_segments[:, :z], a) for a, z in blocks], axis=1
+  )
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array,
+            offset: jax.Array | int) -> jax.Array:  # fmt: skip
   b, t, n, h = q.shape
   s, kv = k.shape[1], k.shape[2]
-  q = q.reshape(b, t, kv, n // kv, h) * h**-0.5
-  logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+  # Heads in front: both products are then plain batched matmuls, which is what a CPU has fast code for.
+  q = (q * h**-0.5).reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h)
+  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  logits = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32).reshape(b, kv, n // kv, t, s)
   causal = (jnp.arange(t)[:, None] + offset) >= jnp.arange(s)[None, :]
   mask = causal & (q_segments[:, :, None] == k_segments[:, None, :])
-  weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, -1e30), axis=-1)
-  return jnp.einsum("bkgts,bskh->btkgh", weights.astype(q.dtype), v).reshape(b, t, n, h)
+  logits = jnp.where(mask[:, None, None], logits, -1e30)
+  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+  total = weights.sum(-1, keepdims=True)  # divided by after the product, on H numbers a row instead of S
+  o = jnp.einsum("bkts,bksh->bkth", weights.astype(q.dtype).reshape(b, kv, -1, s), v).reshape(b, kv, n // kv, t, h)
+  return (o / total.astype(o.dtype)).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
 def splash_attention(

@@ -1,0 +1,7 @@
+"""What a command tells its user in one message, without a stack trace."""
+
+
+class UserError(Exception):
+  """Something that the user can mend; the message says what. `exit_code` is that of the command."""
+
+  exit_code = 1
