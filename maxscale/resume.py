@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from typing import Any
@@ -48,8 +49,13 @@ def _saved(config: Config) -> tuple[int, dict[str, Any]] | None:
 
 
 def _history(config: Config, step: int) -> list[config_lib.Phase]:
-  """The phases that began before a step."""
-  return [phase for phase in config_lib.phases(config.data) if phase.start < step]
+  """The phases that began before a step; an empty mixture is the sources that it stands for."""
+  every = dict.fromkeys(config.data.sources, 1.0)
+  return [
+    dataclasses.replace(phase, mixture=phase.mixture or every)
+    for phase in config_lib.phases(config.data)
+    if phase.start < step
+  ]
 
 
 def leaves(program: Any, prefix: str = "") -> tuple:

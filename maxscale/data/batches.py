@@ -33,7 +33,7 @@ class Batches:
 
     Raises:
       ConfigError: a source, its content or the vocabulary is wrong.
-      TimeoutError: another process is still tokenising after data.deadline.
+      DeadlineError: another process is still tokenising after data.deadline.
     """
     data, self._seed = config.data, config.run.seed
     if 0 < config.model.vocab_size < tokenizer.vocab_size:

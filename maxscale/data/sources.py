@@ -160,7 +160,7 @@ def open_source(name: str, spec: dict, tokenizer: Tokenizer, split: str, config:
 
   Raises:
     ConfigError: the spec, a file or its content is wrong, or the split is empty; says what to change.
-    TimeoutError: another process is still tokenising it after data.deadline.
+    DeadlineError: another process is still tokenising it after data.deadline.
   """
   check_spec(name, spec)
   kind, where = spec["kind"], f"data.sources.{name}"

@@ -25,6 +25,7 @@ from maxscale import storage
 from maxscale.config import ConfigError
 from maxscale.data.lock import Lock, describe
 from maxscale.data.tokenizers import Tokenizer
+from maxscale.errors import DeadlineError
 
 FORMAT = 1
 BLOCK = 2**22
@@ -86,7 +87,7 @@ def build(
     deadline: seconds to wait while another process builds it.
 
   Raises:
-    TimeoutError: another process still builds it at the deadline; the message names it.
+    DeadlineError: another process still builds it at the deadline; the message names it.
   """
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ def build(
       finally:
         lock.release()
     elif time.monotonic() > end:
-      raise TimeoutError(
+      raise DeadlineError(
         f"{describe(lock.holder())} has been tokenising {directory} for longer than data.deadline={deadline:g} s "
         f"(last sign of life {lock.silence():.0f} s ago); raise data.deadline, or end that process and start again"
       )

@@ -110,7 +110,7 @@ class EventLog:
       seconds: interval at which lines reach the run directory.
 
     Raises:
-      TimeoutError: process 0 of a new run did not name it.
+      DeadlineError: process 0 of a new run did not name it.
     """
     self._start = process_start()
     self._writer = segments.SegmentWriter(run_dir, FOLDER, process, seconds)

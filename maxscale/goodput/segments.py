@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 
 from maxscale import storage
+from maxscale.errors import DeadlineError
 
 SEGMENT_BYTES = 1 << 20
 RUN_ID_DEADLINE = 300.0  # seconds that other processes wait for process 0 to name a new run
@@ -34,7 +35,7 @@ def run_id(run_dir: str, process: int = 0) -> str:
   """The random hex name of a run directory; process 0 makes it if there is none, the others wait for it.
 
   Raises:
-    TimeoutError: process 0 did not make it within `RUN_ID_DEADLINE` seconds.
+    DeadlineError: process 0 did not make it within `RUN_ID_DEADLINE` seconds.
   """
   file = storage.path(run_dir) / "run_id"
   deadline = time.monotonic() + RUN_ID_DEADLINE
@@ -45,7 +46,7 @@ def run_id(run_dir: str, process: int = 0) -> str:
     if process == 0:
       storage.write(file, secrets.token_hex(8))
     elif time.monotonic() > deadline:
-      raise TimeoutError(f"process 0 has not made {file} within {RUN_ID_DEADLINE:.0f} s: it did not start, or failed")
+      raise DeadlineError(f"process 0 has not made {file} within {RUN_ID_DEADLINE:.0f} s: it did not start, or failed")
     else:
       time.sleep(0.1)
 
