@@ -552,8 +552,8 @@ def _check_schedule(config: Config) -> None:
   for path, mixture in mixtures.items():
     for name, weight in mixture.items():
       _require(name in d.sources, f"{path} names {name!r}, which is not in data.sources{_nearest(name, d.sources)}")
-      ok = isinstance(weight, (int, float)) and weight >= 0
-      _require(ok, f"{path}.{name}={weight!r} must be a number of at least 0")
+      ok = type(weight) in (int, float) and 0 <= weight < math.inf
+      _require(ok, f"{path}.{name}={weight!r} must be a finite number of at least 0")
     _require(not mixture or sum(mixture.values()) > 0, f"{path} has no weight above 0")
   for batch in [d.batch_size, *(p["batch_size"] for p in d.phases if "batch_size" in p)]:
     _require(

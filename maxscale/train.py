@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
 import time
 from typing import Any
@@ -140,6 +141,7 @@ class Run:
     from maxscale.goodput.telemetry import line
 
     self.config, self.log = config, log
+    self._profiling = False
     self.tokenizer, vocab = vocabulary(config)
     log.enter("device_init")
     self.program = build(config, vocab)
@@ -204,7 +206,7 @@ class Run:
       self.writer.close()
 
   def _compile(self, batch: int, length: int) -> tuple[Any, float]:
-    """The compiled step for a batch [B, T], and the matmul FLOPs that it executes."""
+    """The compiled step for a batch [B, T], and the matmul FLOPs that it executes (NaN where they cannot be counted)."""
     from maxscale.goodput.telemetry import line
     from maxscale.perf import flops
 
@@ -216,7 +218,11 @@ class Run:
       line(f"compiled the step for {batch} x {length} in {time.perf_counter() - start:.1f} s; predicted memory on a "
            f"device: {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:.1f} MiB, of it "
            f"{memory.temp_size_in_bytes / 2**20:.1f} temporaries")  # fmt: skip
-      return compiled, flops.jaxpr_flops(traced.jaxpr)
+      notes: list[str] = []
+      executed = flops.jaxpr_flops(traced.jaxpr, notes)
+      for note in dict.fromkeys(notes):
+        line(f"hfu is n/a: {note}")
+      return compiled, math.nan if notes else executed
 
   def _loop(self, state: Any, start: int, saver: Any, interrupt: Any) -> tuple[Any, int]:
     """Steps from `start` (steps done) to the end or an interrupt; returns the saved state and its step."""
@@ -260,6 +266,7 @@ class Run:
         if stop:
           return state, step
     finally:
+      self._profile(math.inf)
       self.host_seconds = time.thread_time() - busy  # CPU time of this thread: waiting for a device costs none
       feed.close()
       gc.enable()
@@ -311,15 +318,17 @@ class Run:
       peak = known.flops if known else None
     return Rates(flops.from_config(c, self.program.vocab_size), devices.size, peak)
 
-  def _profile(self, step: int) -> None:
+  def _profile(self, step: float) -> None:
     import jax
 
-    first, count = self.config.log.profile_start, self.config.log.profile_steps
+    first, path = self.config.log.profile_start, f"{self.config.run_dir}/profile"
     if first and step == first:
-      jax.profiler.start_trace(f"{self.config.run_dir}/profile")
-    elif first and step == first + count:
+      jax.profiler.start_trace(path)
+      self._profiling = True
+    elif self._profiling and step >= first + self.config.log.profile_steps:
       jax.profiler.stop_trace()
-      self.log.event("profile", step=first, path=f"{self.config.run_dir}/profile")
+      self._profiling = False
+      self.log.event("profile", step=first, path=path)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def names(module: str) -> list[str]:
 def run(module: str) -> dict[str, str | None]:
   """Case -> its traceback, or None; "stderr" -> all that the process wrote there."""
   command = [sys.executable, "-m", "tests.multidevice", module]
-  done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
   lines = done.stdout.splitlines()
   if done.returncode or not lines:
     return {"stderr": done.stderr, **dict.fromkeys(names(module), f"exit {done.returncode}\n{done.stderr[-5000:]}")}
@@ -58,6 +58,7 @@ def check(results: dict[str, str | None], name: str) -> None:
 
 
 def main(module: str) -> None:
+  os.environ.update(environment())  # before anything imports JAX
   cases, results = importlib.import_module(module), {}
   for name in names(module):
     try:

@@ -146,6 +146,17 @@ def test_attention_with_an_offset_is_the_end_of_the_whole():
     ref.assert_close(part[:, 0], whole[:, offset], 1e-6, f"offset {offset}")
 
 
+def test_attention_in_causal_blocks_is_attention_whole(monkeypatch):
+  q, k, v = inputs(2, 128, 128, 4, 2, 8)
+  segments = np.ones((2, 128), np.int32)
+  segments[0, 20:90], segments[0, 90:] = 2, 0  # a document over three blocks of 32
+  f = lambda: jax.jit(functools.partial(gradients, lambda *a: kernels.attention(*a, segments, segments)))  # noqa: E731
+  actual = f()(q, k, v)
+  monkeypatch.setattr(kernels, "CAUSAL_BLOCKS", 1)
+  for a, b, what in zip(actual, f()(q, k, v), ("o", "dq", "dk", "dv")):
+    ref.assert_close(a, b, 1e-5, what)
+
+
 @pytest.mark.parametrize("kv_heads, length", [(1, 256), (2, 384), (4, 256)])  # one block, three of 128, one
 def test_splash_attention_is_plain_attention(monkeypatch, kv_heads, length):
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash

@@ -64,11 +64,11 @@ def test_a_run_shorter_than_its_warm_up_has_rates(shape):
 SHAPES = {"layers/w": ((3, 4, 5), ("layers", "embed", "mlp")), "layers/norm": ((3, 4), ("layers", "norm")),
           "table": ((7, 4), ("vocab", "embed"))}  # fmt: skip
 SPECS = {p: ParamSpec(p, shape, shape, names, "float32", 1.0, p[0] == "l") for p, (shape, names) in SHAPES.items()}
-O = {"learning_rate": PEAK, "b1": 0.8, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.3}
+VALUES = {"learning_rate": PEAK, "b1": 0.8, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.3}
 
 
 def make(**options):
-  return optimizer.make(ref.config({f"optimizer.{key}": value for key, value in {**O, **options}.items()}), SPECS)
+  return optimizer.make(ref.config({f"optimizer.{key}": value for key, value in {**VALUES, **options}.items()}), SPECS)
 
 
 def random_tree(seed):
