@@ -136,6 +136,7 @@ def host() -> Rows:
   from maxscale import config as config_lib
   from maxscale import train
   from maxscale.goodput import events
+  from maxscale.resilience.interrupt import Interrupt
 
   tiny = {"run.steps": "300", "run.compile_cache": "", "model.embed": "32", "model.layers": "1", "model.heads": "2",
           "model.kv_heads": "2", "model.mlp": "32", "data.batch_size": "4", "data.length": "32", "mesh.fsdp": "-1",
@@ -146,7 +147,8 @@ def host() -> Rows:
     config = config_lib.load(path, [*tiny.items(), ("run.dir", os.path.join(folder, "run"))])
     log = events.EventLog(config.run_dir)
     run = train.Run(config, log)
-    run.train()
+    with Interrupt() as interrupt:
+      run.train(interrupt)
     log.close(0, "complete")
     milliseconds = 1e3 * run.host_seconds / config.run.steps
   print(f"host: {milliseconds:.3f} ms of the loop's thread a step (1 device)")

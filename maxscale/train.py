@@ -112,18 +112,22 @@ def audit(config: Config) -> int:
 
 def run(config: Config) -> int:
   """Starts or resumes the run of a config and trains to its end; returns the exit code."""
-  from maxscale import resume
-  from maxscale.goodput import events
+  from maxscale import resume, storage
+  from maxscale.goodput import events, report
   from maxscale.goodput.telemetry import line
+  from maxscale.resilience.interrupt import Interrupt
 
   done = resume.check(config)
   if done is not None and done >= config.run.steps:
     line(f"{config.run_dir} is complete: {done} steps are in its checkpoint. To go on, raise --config.run.steps; to "
          "start anew, give another --config.run.dir; to sample: python -m maxscale.generate --run " + config.run_dir)  # fmt: skip
+    if not storage.path(f"{config.run_dir}/report.html").exists():  # it was stopped after its last checkpoint
+      line(f"report {report.write_report(config.run_dir)}")
     return 0
   log = events.EventLog(config.run_dir, config_hash=config.hash)
   try:
-    code, reason = Run(config, log).train()
+    with Interrupt() as interrupt:  # from here on: a signal while compiling also ends in a save
+      code, reason = Run(config, log).train(interrupt)
   except BaseException as e:
     log.close(e.exit_code if isinstance(e, UserError) else 1, f"{type(e).__name__}: {e}"[:1000])
     raise
@@ -175,31 +179,28 @@ class Run:
          f"batch {c.data.batch_size} x {c.data.length} tokens")  # fmt: skip
     line(f"{parameters:,} parameters; state {state / 2**20:.1f} MiB on a device")
 
-  def train(self) -> tuple[int, str]:
+  def train(self, interrupt: Any) -> tuple[int, str]:
     """Restores or initialises, compiles, loops, ends; returns (exit code, reason)."""
     from maxscale import resume
     from maxscale.checkpoint.manager import Checkpointer
     from maxscale.goodput.telemetry import line
-    from maxscale.resilience.interrupt import INTERRUPTED, Interrupt
+    from maxscale.resilience.interrupt import INTERRUPTED
 
     c = self.config
-    with Interrupt() as interrupt:
-      state, start = resume.restore_or_initialise(self)
-      self.compiled = {shape: self._compile(*shape) for shape in batch_shapes(c)}
-      saver = Checkpointer(c.run_dir, c.checkpoint.keep, c.checkpoint.keep_every, c.checkpoint.timeout, self.log.event)
-      state, step = self._loop(state, start, saver, interrupt)
-      self.log.enter("finish")
-      saver.close()
-      if interrupt.requested:
-        line(
-          f"stopped by {interrupt.requested} after step {step}; the checkpoint is complete, the same command goes on"
-        )
-        self.close()
-        return INTERRUPTED, interrupt.requested
-      from maxscale import finish
+    state, start = resume.restore_or_initialise(self)
+    self.compiled = {shape: self._compile(*shape) for shape in batch_shapes(c)}
+    saver = Checkpointer(c.run_dir, c.checkpoint.keep, c.checkpoint.keep_every, c.checkpoint.timeout, self.log.event)
+    state, step = self._loop(state, start, saver, interrupt)
+    self.log.enter("finish")
+    saver.close()
+    if interrupt.requested:
+      line(f"stopped by {interrupt.requested} after step {step}; the checkpoint is complete, the same command goes on")
+      self.close()
+      return INTERRUPTED, interrupt.requested
+    from maxscale import finish
 
-      finish.finish(self, state)
-      return 0, "complete"
+    finish.finish(self, state)
+    return 0, "complete"
 
   def close(self) -> None:
     if self.writer:

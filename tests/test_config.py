@@ -324,7 +324,6 @@ def test_every_option_is_read_somewhere():
   assert not unread, unread
 
 
-@pytest.mark.xfail(strict=True, reason="Loader and Checkpointer repeat prefetch, threads, keep and timeout")
 def test_defaults_are_in_one_place():
   """No function elsewhere repeats an option's default for an argument of the same name, and no getattr() has one."""
   defaults = collections.defaultdict(list)

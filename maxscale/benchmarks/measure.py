@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -63,3 +64,35 @@ def compile_step(traced: Any) -> Compiled:
   executable = traced.lower().compile()
   seconds = time.perf_counter() - start
   return Compiled(jaxpr_flops(traced.jaxpr), executable.memory_analysis().temp_size_in_bytes, seconds, executable)
+
+
+def matmul_seconds(jaxpr: Any) -> float:
+  """Seconds that the matmuls of a program take on this machine, each of them run alone: the best that it could do.
+
+  A step's matmuls are smaller, thinner and otherwise laid out than the large square one whose rate is called a peak.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from maxscale.perf.flops import dots
+
+  counts: dict[Any, float] = {}
+  for eqn, times in dots(jaxpr):
+    key = tuple((v.aval.shape, v.aval.dtype) for v in eqn.invars), tuple(sorted(eqn.params.items(), key=str))
+    counts[key] = counts.get(key, 0) + times
+  total = 0.0
+  for (avals, params), times in counts.items():
+    arguments = [jnp.ones(shape, dtype) for shape, dtype in avals]
+    run = jax.jit(functools.partial(jax.lax.dot_general_p.bind, **dict(params)))
+    total += times * _best(lambda run=run, arguments=arguments: jax.block_until_ready(run(*arguments)))
+  return total
+
+
+def _best(run: Callable[[], Any], tries: int = 5) -> float:
+  run()
+  seconds = []
+  for _ in range(tries):
+    start = time.perf_counter()
+    run()
+    seconds.append(time.perf_counter() - start)
+  return min(seconds)

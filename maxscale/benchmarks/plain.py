@@ -67,7 +67,9 @@ def _layer(s: Shape, attention: Callable, batch: Tree, x: jax.Array, w: Tree) ->
   if s.E:
     y, aux = _moe(s, y, w["router"], c)
     return x + y, aux
-  return x + (jax.nn.silu(y @ c["gate"]) * (y @ c["up"])) @ c["down"], jnp.zeros(())
+  y = y.reshape(-1, s.D)
+  hidden = jax.nn.silu(y @ c["gate"]) * (y @ c["up"])
+  return x + (jax.lax.optimization_barrier(hidden) @ c["down"]).reshape(x.shape), jnp.zeros(())
 
 
 def _moe(s: Shape, x: jax.Array, router: jax.Array, c: Tree) -> tuple[jax.Array, jax.Array]:

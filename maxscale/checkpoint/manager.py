@@ -31,9 +31,9 @@ class Checkpointer:
   def __init__(
     self,
     run_dir: str,
-    keep: int = 3,
-    keep_every: int = 0,
-    timeout: float = 1800.0,
+    keep: int,
+    keep_every: int,
+    timeout: float,
     on_event: Callable[..., None] = lambda kind, **fields: None,
   ):
     self._run_dir, self._keep, self._keep_every = run_dir, keep, keep_every

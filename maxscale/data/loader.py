@@ -19,9 +19,9 @@ class Loader(Iterator[tuple[int, Batch]]):
     batches: Batches,
     start: int,
     stop: int,
-    rows_of: Callable[[int], Rows] = lambda step: None,
-    prefetch: int = 8,
-    threads: int = 2,
+    rows_of: Callable[[int], Rows],
+    prefetch: int,
+    threads: int,
   ):
     """Starts to read.
 

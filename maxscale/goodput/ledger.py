@@ -216,8 +216,10 @@ def _attempt(lines: list[dict], before: Attempt | None) -> Attempt:
   start_wall = job["wall"] - job["mono"]
   gap = start_wall - before.end_wall if before else 0.0
   seconds = dict.fromkeys(CLASSES, 0.0)
-  for _, cls, passed in _walk(lines):
+  final_class = "start"
+  for line, cls, passed in _walk(lines):
     seconds[cls] += passed
+    final_class = line["class"] if line["kind"] == "state" else cls
   steps = [line["step"] for line in lines if line["kind"] == "step"]
   restored = [line["step"] for line in lines if line["kind"] == "restore"]
   return Attempt(
@@ -234,8 +236,14 @@ def _attempt(lines: list[dict], before: Attempt | None) -> Attempt:
     restored=restored[-1] if restored else None,
     first_step=steps[0] if steps else None,
     last_step=steps[-1] if steps else None,
-    exit=f"exit {last['code']} ({last['reason']})" if last["kind"] == "exit" else "killed, or still running",
+    exit=_exit(last, final_class),
   )
+
+
+def _exit(last: dict, final_class: str) -> str:
+  if last["kind"] == "exit":
+    return f"exit {last['code']} ({last['reason']})"
+  return "finishing" if final_class == "finish" else "killed, or still running"
 
 
 def _follow(lines: list[dict], attempt: Attempt, steps: list[_Step], lost: list[_Step]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from maxscale.sharding import context as sharding
 
@@ -54,7 +55,7 @@ def lookup(table: jax.Array, tokens: jax.Array, names: Names, dtype: str, grad_d
   """
 
   def shard(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    rows, mine = _own_rows(table.shape[0], tokens)
+    rows, mine = own_rows(table.shape[0], tokens)
     return sharding.psum(jnp.where(mine[..., None], table[rows], 0), "vocab")
 
   f = sharding.on_shards(shard, (names, TOKENS), INNER)
@@ -71,15 +72,15 @@ def _lookup_bwd(names: Names, dtype: str, grad_dtype: str, residuals: Any, dy: j
 
   def shard(tokens: jax.Array, dy: jax.Array) -> jax.Array:
     size = vocab // sharding.parts("vocab")
-    rows, mine = _own_rows(size, tokens)
+    rows, mine = own_rows(size, tokens)
     dw = jnp.zeros((size, width), grad_dtype).at[rows].add(jnp.where(mine[..., None], dy, 0).astype(grad_dtype))
-    return sharding.psum(sharding.psum(dw, "batch"), "length")
+    return sharding.reduce_gradient(dw, names)
 
-  dw = sharding.on_shards(shard, (TOKENS, INNER), names)(tokens, dy)
+  dw = sharding.on_shards(shard, (TOKENS, INNER), sharding.Gradient(names))(tokens, dy)
   return sharding.constrain(dw, names, "param").astype(table.dtype), None
 
 
-def _own_rows(size: int, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def own_rows(size: int, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Row of each token in this device's `size` rows of the vocabulary, and whether it is among them."""
   rows = tokens - sharding.shard_index("vocab") * size
   mine = (rows >= 0) & (rows < size)
@@ -139,9 +140,12 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_s
   mask = causal & (q_segments[:, :, None] == k_segments[:, None, :])
   logits = jnp.where(mask[:, None, None], logits, -1e30)
   weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-  total = weights.sum(-1, keepdims=True)  # divided by after the product, on H numbers a row instead of S
-  o = jnp.einsum("bkts,bksh->bkth", weights.astype(q.dtype).reshape(b, kv, -1, s), v).reshape(b, kv, n // kv, t, h)
-  return (o / total.astype(o.dtype)).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+  o = jnp.einsum("bkts,bksh->bkth", weights.astype(q.dtype).reshape(b, kv, -1, s), v,
+                 preferred_element_type=jnp.float32).reshape(b, kv, n // kv, t, h)  # fmt: skip
+  # The sum divides after the product, on H numbers a row instead of S. The two have the name under which a remat
+  # policy keeps attention: they are what the backward pass needs so as not to run this product again.
+  o, total = checkpoint_name(o, "attention"), checkpoint_name(weights.sum(-1, keepdims=True), "attention")
+  return (o / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
 def splash_attention(

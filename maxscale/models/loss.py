@@ -47,7 +47,7 @@ def cross_entropy(
 
 
 def _fwd(spec: LossSpec, x_btd: jax.Array, table_vd: jax.Array, targets_bt: jax.Array, scale: jax.Array) -> Any:
-  out_names = ((), (), X_NAMES, spec.names)
+  out_names = ((), (), X_NAMES, sharding.Gradient(spec.names))
   f = sharding.on_shards(functools.partial(_shard, spec, True), (X_NAMES, spec.names, T_NAMES, ()), out_names)
   loss, nll, dx, dw = f(x_btd, kernels.use_weight(table_vd, spec.names, x_btd.dtype), targets_bt, scale)
   dw = sharding.constrain(dw, spec.names, "param").astype(table_vd.dtype)
@@ -94,7 +94,7 @@ def _shard(
   if not gradients:
     return loss, nll
   assert dx is not None and dw is not None
-  return loss, nll, dx.reshape(x_btd.shape), sharding.psum(sharding.psum(dw, "batch"), "length")
+  return loss, nll, dx.reshape(x_btd.shape), sharding.reduce_gradient(dw, spec.names)
 
 
 def _chunk(
@@ -103,12 +103,15 @@ def _chunk(
   """x: [C, D], targets: [C]; table: [V of this device, D], its first row is token `first` of the vocabulary."""
   ids = first + jnp.arange(table.shape[0])
   logits = jnp.einsum("cd,vd->cv", x, table, preferred_element_type=jnp.float32)
-  logits = jnp.where(ids < spec.V, logits, -1e30)
+  if sharding.parts("vocab") * table.shape[0] > spec.V:  # only a padded vocabulary pays for the mask
+    logits = jnp.where(ids < spec.V, logits, -1e30)
   top = sharding.pmax(logits.max(-1), "vocab")
   log_z = jnp.log(sharding.psum(jnp.exp(logits - top[:, None]).sum(-1), "vocab")) + top
   hit = ids == targets[:, None]
   valid = (targets >= 0).astype(jnp.float32)
-  nll = (log_z - sharding.psum(jnp.where(hit, logits, 0).sum(-1), "vocab")) * valid
+  row, mine = kernels.own_rows(table.shape[0], targets)
+  target = jnp.where(mine, jnp.take_along_axis(logits, row[:, None], axis=1)[:, 0], 0)
+  nll = (log_z - sharding.psum(target, "vocab")) * valid
   loss = scale * (nll + spec.z_loss * log_z**2 * valid)
   if not gradients:
     return loss.sum(), nll.sum(), None, None

@@ -126,7 +126,7 @@ class Attention(Weights):
       v = jax.lax.dynamic_update_slice(cache["value"], v, (0, offset, 0, 0))
       k_segments = jnp.ones(k.shape[:2], jnp.int32)  # causality alone hides the places not yet written
       cache = {"key": k, "value": v, "index": offset + x_btd.shape[1]}
-    o = checkpoint_name(kernels.attention(q, k, v, segments_bt, k_segments, offset), "attention")
+    o = kernels.attention(q, k, v, segments_bt, k_segments, offset)  # names what it keeps "attention" itself
     if s.N_pad > s.N:
       o = o * (jnp.arange(s.N_pad) < s.N).astype(o.dtype)[:, None]
     return checkpoint_name(self.product("btnh,nhd->btd", o, self.out), "attention_out"), cache

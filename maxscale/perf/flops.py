@@ -123,6 +123,15 @@ def _equation_flops(eqn: Any, notes: list[str]) -> float:
   return sum(inner)
 
 
+def dots(jaxpr: Any, times: float = 1) -> Iterable[tuple[Any, float]]:
+  """(dot_general equation, times that it runs) of a program on one device."""
+  for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    if eqn.primitive.name == "dot_general":
+      yield eqn, times
+    for inner in _inner(eqn.params.values()):
+      yield from dots(inner, times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1))
+
+
 def _inner(values: Iterable[Any]) -> Iterable[Any]:
   """The jaxprs among the parameters of an equation: bare, closed, or in a tuple."""
   for value in values:

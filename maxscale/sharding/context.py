@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxscale.sharding.rules import Rules
 
@@ -35,17 +35,26 @@ def constrain(x: jax.Array, names: Names, role: str = "compute") -> jax.Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.spec(names, role)))
 
 
+class Gradient(tuple):
+  """Names of a parameter's gradient as a result of `on_shards`: f returns what `reduce_gradient` makes of it."""
+
+
 def on_shards(f: Callable, in_names: Any, out_names: Any) -> Callable:
   """f run on each device's shard (role compute) of its arguments; without a mesh, f itself.
 
   `in_names` is a tuple with the names of each argument, `out_names` those of the result (a tuple of them for several).
-  f must reduce over the mesh axes that it sums over itself, with `psum`.
+  f must reduce over the mesh axes that it sums over itself, with `psum` or `reduce_gradient`.
   """
   active = _active.get()
   if active is None:
     return f
   mesh, rules = active
-  spec = lambda names: rules.spec(names, "compute")  # noqa: E731
+
+  def spec(names: Names) -> PartitionSpec:
+    if isinstance(names, Gradient):
+      return PartitionSpec(*((*mesh_axes(n), *_scattered(n)) or None if n else None for n in names))
+    return rules.spec(names, "compute")
+
   many = bool(out_names) and isinstance(out_names[0], tuple)
   out_specs = tuple(spec(n) for n in out_names) if many else spec(out_names)
   in_specs = tuple(spec(n) for n in in_names)
@@ -67,6 +76,29 @@ def parts(name: str) -> int:
 def psum(x: jax.Array, name: str) -> jax.Array:
   """Inside `on_shards`: the sum over the devices that the logical axis is split over."""
   return jax.lax.psum(x, mesh_axes(name)) if mesh_axes(name) else x
+
+
+def reduce_gradient(x: jax.Array, names: Names) -> jax.Array:
+  """Inside `on_shards`: the sum of a parameter's gradient over the devices that hold different tokens.
+
+  Where role param splits a dimension over some of these devices, each receives only its part: a reduce-scatter, and
+  no device holds the whole. The result belongs to an output that is named `Gradient(names)`.
+  """
+  over = [*mesh_axes("batch"), *mesh_axes("length")]
+  for dim, name in enumerate(names):
+    for axis in _scattered(name) if name else ():
+      x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+      over.remove(axis)
+  return jax.lax.psum(x, tuple(over)) if over else x
+
+
+def _scattered(name: str) -> tuple[str, ...]:
+  """Mesh axes that split the batch in role compute, and this axis of parameters in role param."""
+  active = _active.get()
+  if active is None:
+    return ()
+  tokens = (*mesh_axes("batch"), *mesh_axes("length"))
+  return tuple(a for a in active[1].axes(name, "param") if a in tokens and a not in mesh_axes(name))
 
 
 def pmax(x: jax.Array, name: str) -> jax.Array:

@@ -25,11 +25,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxscale import storage
-from maxscale.checkpoint import Checkpointer, CheckpointError, Leaf, Meta, commit, digest, fingerprint, restore, steps
+from maxscale.checkpoint import CheckpointError, Leaf, Meta, commit, digest, fingerprint, restore, steps
 from maxscale.checkpoint import arrays as arrays_lib
 from maxscale.checkpoint.fingerprint import program
 from maxscale.checkpoint.layout import flatten, unflatten
-from tests.checkpoint.states import FSDP8, LAYOUTS, assert_equal, leaves_of, make, reference, words
+from tests.checkpoint.states import FSDP8, LAYOUTS, assert_equal, checkpointer_of, leaves_of, make, reference, words
 
 META = Meta("0123456789ab", '{"run": {}}', "data")
 LEAVES = leaves_of(FSDP8)
@@ -47,7 +47,7 @@ def raises(*parts: str):
 
 def save(run_dir: str, *saved: int, leaves=LEAVES, **options) -> None:
   """Saves the states of some steps; the seed of a state's values is its step."""
-  checkpointer = Checkpointer(run_dir, **options)
+  checkpointer = checkpointer_of(run_dir, **options)
   for step in saved:
     checkpointer.save(step, make(leaves, step), leaves, META)
   checkpointer.close()
@@ -145,7 +145,7 @@ def case_save_returns_before_the_write_and_survives_donation(run_dir):
 
   arrays_lib._write_file = held
   events = []
-  checkpointer = Checkpointer(run_dir, on_event=lambda kind, **fields: events.append((kind, fields)))
+  checkpointer = checkpointer_of(run_dir, on_event=lambda kind, **fields: events.append((kind, fields)))
   try:
     state = make(LEAVES, 1)
     blocking = checkpointer.save(1, state, LEAVES, META)
@@ -262,7 +262,7 @@ def case_wrong_leaves(run_dir):
   with raises("params/layers/query", "[6]"):
     restore(run_dir, (dataclasses.replace(query, logical_shape=(7, *query.layer_shape), rows=(0, 1, 2, 3, 4, 5, 6)),))
   with raises("only in the state ['step']"):
-    Checkpointer(run_dir).save(2, make(LEAVES), LEAVES[:-1], META)
+    checkpointer_of(run_dir).save(2, make(LEAVES), LEAVES[:-1], META)
   assert steps(run_dir) == [1]
 
 
@@ -275,7 +275,7 @@ def case_retention(run_dir):
 def case_step_saved_again(run_dir):
   save(run_dir, 1, 2)
   state = make(LEAVES, 7)
-  checkpointer = Checkpointer(run_dir)
+  checkpointer = checkpointer_of(run_dir)
   checkpointer.save(2, state, LEAVES, META)
   checkpointer.close()
   assert_equal(restore(run_dir, LEAVES, step=2).state, LEAVES, 7)
@@ -283,7 +283,7 @@ def case_step_saved_again(run_dir):
 
 def case_directory_that_cannot_be(run_dir):
   storage.write(f"{run_dir}/file", "")
-  checkpointer = Checkpointer(f"{run_dir}/file/run")
+  checkpointer = checkpointer_of(f"{run_dir}/file/run")
   with raises("saving step 1", "file/run"):
     checkpointer.save(1, make(LEAVES), LEAVES, META)
     checkpointer.wait()
@@ -293,7 +293,7 @@ def case_directory_that_cannot_be(run_dir):
 def case_write_fails(run_dir):
   """The kernel refuses to write (the limit on a file's size stands for a full disk, which needs no mount)."""
   save(run_dir, 1)
-  checkpointer = Checkpointer(run_dir)
+  checkpointer = checkpointer_of(run_dir)
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
   resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
@@ -317,7 +317,7 @@ def case_disk_full(run_dir):
     return
   try:
     save(f"{run_dir}/disk", 1)
-    checkpointer = Checkpointer(f"{run_dir}/disk", keep=10)
+    checkpointer = checkpointer_of(f"{run_dir}/disk", keep=10)
     with raises("the disk is full", "checkpoint.keep"):
       for step in range(2, 8):
         checkpointer.save(step, make(LEAVES, step), LEAVES, META)
@@ -336,7 +336,7 @@ def case_late_save(run_dir):
     await original(store, piece)
 
   arrays_lib._write_file = held
-  checkpointer = Checkpointer(run_dir, timeout=1.0)
+  checkpointer = checkpointer_of(run_dir, timeout=1.0)
   try:
     checkpointer.save(1, make(LEAVES), LEAVES, META)
     with raises("checkpoint.timeout=1"):
@@ -356,7 +356,7 @@ def case_64_bits(run_dir):
     state = {"w": jax.device_put(host, leaf.sharding)}
     b = np.frombuffer(host.tobytes(), np.uint32)
     assert fingerprint(state, (leaf,))["w"].tolist() == [list(words(b))]
-    checkpointer = Checkpointer(run_dir)
+    checkpointer = checkpointer_of(run_dir)
     checkpointer.save(1, state, (leaf,), META)
     checkpointer.close()
     assert np.asarray(restore(run_dir, (leaf,)).state["w"]).tolist() == host.tolist()

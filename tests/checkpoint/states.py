@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maxscale.checkpoint import Leaf
+from maxscale.checkpoint import Checkpointer, Leaf
 from maxscale.checkpoint.layout import unflatten
 
 LAYERS, WIDTH, HEADS, HEAD, VOCAB = 6, 24, 8, 4, 100
@@ -45,6 +45,10 @@ LAYOUTS = {
   "separate": Layout((2, 4), (("d", "b"),), 1, "separate"),
   "pipeline": Layout((2, 4), (("s", "a"), ("d", "b"), ("v", "b")), 4, "pipeline"),
 }
+
+
+def checkpointer_of(run_dir: str, keep: int = 3, keep_every: int = 0, timeout: float = 1800.0, **more) -> Checkpointer:
+  return Checkpointer(run_dir, keep, keep_every, timeout, **more)
 
 
 def value(parameter: str, layer: int, seed: int = 0) -> np.ndarray:

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from maxscale.checkpoint import Checkpointer, CheckpointError, Meta, commit, digest, fingerprint, restore, steps
 from maxscale.checkpoint import arrays as arrays_lib
-from tests.checkpoint.states import FSDP8, LAYOUTS, assert_equal, leaves_of, make
+from tests.checkpoint.states import FSDP8, LAYOUTS, assert_equal, checkpointer_of, leaves_of, make
 
 LEAVES = leaves_of(FSDP8)
 
@@ -31,7 +31,7 @@ def save(step: int, checkpointer: Checkpointer) -> None:
 
 def die() -> None:
   """Saves step 1; says so in the middle of writing step 2, and hangs there until it is killed."""
-  checkpointer, original, written = Checkpointer(run_dir), arrays_lib._write_file, []
+  checkpointer, original, written = checkpointer_of(run_dir), arrays_lib._write_file, []
   save(1, checkpointer)
   checkpointer.wait()
 
@@ -55,7 +55,7 @@ def load(layout: str = "same") -> None:
 
 def save_together() -> None:
   """Two saves; the second, when all is compiled, may neither compile nor run anything that all processes take part in."""
-  checkpointer = Checkpointer(run_dir)
+  checkpointer = checkpointer_of(run_dir)
   save(1, checkpointer)
   checkpointer.wait()
   states = make(LEAVES, 2)
@@ -81,7 +81,7 @@ def save_together() -> None:
 
 def fail_together() -> None:
   """Process 1 cannot write: both learn it at once, process 0 with its number."""
-  checkpointer = Checkpointer(run_dir)
+  checkpointer = checkpointer_of(run_dir)
   save(1, checkpointer)
   checkpointer.wait()
 

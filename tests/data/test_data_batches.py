@@ -10,6 +10,11 @@ from maxscale.data.batches import Batches
 from maxscale.data.loader import Loader, throughput
 from maxscale.data.tokenizers import Bytes
 
+
+def EVERY_ROW(step):  # rows_of: a host that needs the whole batch
+  return None
+
+
 PHASES = (
   {"start": 4, "batch_size": 12},
   {"start": 7, "length": 64, "mixture": {"letters": 1, "noise": 3}},
@@ -149,7 +154,7 @@ def test_a_vocabulary_that_is_too_small_is_refused(make_config, letters):
 def test_a_loader_reads_the_same_from_any_step(config, threads, prefetch):
   batches = Batches(config, Bytes())
   for start in (0, 3, 8):
-    loader = Loader(batches, start, 11, prefetch=prefetch, threads=threads)
+    loader = Loader(batches, start, 11, EVERY_ROW, prefetch, threads)
     got = list(loader)
     assert [step for step, _ in got] == list(range(start, 11))
     assert all(same(batch, batches.batch(step)) for step, batch in got)
@@ -157,7 +162,7 @@ def test_a_loader_reads_the_same_from_any_step(config, threads, prefetch):
 
 def test_a_loader_reads_the_rows_it_is_told(config):
   batches = Batches(config, Bytes())
-  loader = Loader(batches, 2, 6, lambda step: slice(step, step + 2))
+  loader = Loader(batches, 2, 6, lambda step: slice(step, step + 2), 8, 2)
   for step, batch in loader:
     assert batch["rows"].tolist() == [step, step + 1]
     assert same(batch, batches.batch(step, slice(step, step + 2)))
@@ -173,7 +178,7 @@ def test_a_loader_raises_what_a_thread_raised(config):
     return original(step, rows)
 
   batches.batch = batch
-  loader = Loader(batches, 1, 9)
+  loader = Loader(batches, 1, 9, EVERY_ROW, 8, 2)
   assert [next(loader)[0], next(loader)[0]] == [1, 2]
   with pytest.raises(ConfigError, match="the disk of step 3 is gone"):
     next(loader)
@@ -182,7 +187,7 @@ def test_a_loader_raises_what_a_thread_raised(config):
 
 def test_a_closed_loader_stops_reading(config):
   batches = Batches(config, Bytes())
-  loader = Loader(batches, 0, 10**9, prefetch=2, threads=1)
+  loader = Loader(batches, 0, 10**9, EVERY_ROW, 2, 1)
   next(loader)
   loader.close()
   loader.close()
