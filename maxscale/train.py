@@ -1,6 +1,6 @@
 """Trains a model: `python -m maxscale.train --config configs/tiny.py [--config.group.option=value ...]`.
 
-Exit codes: 0 the run is complete; 2 the config is wrong (nothing was touched); 75 stopped by Ctrl-C or SIGTERM, saved,
+Exit codes: 0 the run is complete; 2 the config is wrong (no state was touched); 75 stopped by Ctrl-C or SIGTERM, saved,
 the same command goes on; 130 a second Ctrl-C, left at once; 1 anything else.
 
 The loop keeps one order, and everything depends on it:
