@@ -83,8 +83,8 @@ def restore_or_initialise(run: Any) -> tuple[Any, int]:
   from maxscale.goodput.telemetry import line
 
   config, log, program = run.config, run.log, run.program
-  damaged = [s for s in commit.folders(config.run_dir) if (commit.folder(config.run_dir, s) / commit.BAD).exists()]
-  if not damaged and not commit.steps(config.run_dir):  # where all are damaged the run stops, it does not begin anew
+  # Where all checkpoints are damaged the run stops, it does not begin anew.
+  if not commit.steps(config.run_dir) and not commit.damaged(config.run_dir):
     with log.state("init"):
       return jax.block_until_ready(program.initialise()()), 0
   with log.state("restore"):

@@ -35,6 +35,10 @@ def write(p: str | os.PathLike, data: bytes | str) -> None:
         os.fsync(f.fileno())
 
 
+class ChangedError(ValueError):
+  """A sealed file whose content is not what was written."""
+
+
 def write_sealed(p: str | os.PathLike, value: Any) -> None:
   """Writes JSON with a checksum of itself, so that a torn or changed file is not taken for a whole one."""
   body = json.dumps(value, sort_keys=True)
@@ -45,7 +49,8 @@ def read_sealed(p: str | os.PathLike) -> Any:
   """The value that `write_sealed` wrote.
 
   Raises:
-    ValueError: the file is torn or changed.
+    ChangedError: the file is whole and was changed after it was written.
+    ValueError: it is torn: its writer was stopped.
     FileNotFoundError: there is none.
   """
   data = path(p).read_bytes()
@@ -56,7 +61,9 @@ def read_sealed(p: str | os.PathLike) -> Any:
       raise ValueError("checksum")
     return json.loads(body)
   except (ValueError, KeyError, TypeError) as e:
-    raise ValueError(f"{p} is torn or was changed") from e
+    if data.endswith(b"}"):
+      raise ChangedError(f"{p} was changed after it was written") from e
+    raise ValueError(f"{p} is torn") from e
 
 
 def listdir(p: str | os.PathLike) -> list[str]:

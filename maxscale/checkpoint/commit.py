@@ -51,6 +51,21 @@ def steps(run_dir: str) -> list[int]:
   return [s for s in folders(run_dir) if is_committed(run_dir, s) and not (folder(run_dir, s) / BAD).exists()]
 
 
+def damaged(run_dir: str) -> list[int]:
+  """Steps that were committed and cannot be trusted: a restore said so, or the marker was changed; ascending."""
+  return [s for s in folders(run_dir) if (folder(run_dir, s) / BAD).exists() or _marker_changed(run_dir, s)]
+
+
+def _marker_changed(run_dir: str, step: int) -> bool:
+  try:
+    read_marker(run_dir, step)
+    return False
+  except storage.ChangedError:
+    return True
+  except (FileNotFoundError, ValueError):  # never committed
+    return False
+
+
 def is_committed(run_dir: str, step: int) -> bool:
   try:
     read_marker(run_dir, step)
@@ -64,7 +79,7 @@ def read_marker(run_dir: str, step: int) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: the step is not committed.
-    ValueError: the marker is torn or changed.
+    ValueError: the marker is torn, or (ChangedError) changed.
     CheckpointError: another version of MaxScale wrote it.
   """
   marker = storage.read_sealed(folder(run_dir, step) / MARKER)
@@ -154,12 +169,12 @@ def retain(run_dir: str, keep: int, keep_every: int, writing: int | None = None)
   Kept are the newest `keep` good checkpoints, those at multiples of `keep_every` (0: none), damaged ones among or after
   them, and `writing`. Folders that were never committed go.
   """
-  good = steps(run_dir)
+  good, bad = steps(run_dir), damaged(run_dir)
   oldest = good[-keep:][0] if good else 0
   every = {s for s in good if keep_every and s % keep_every == 0}
   gone = []
   for step in folders(run_dir):
-    recent = step >= oldest and (step in good or (folder(run_dir, step) / BAD).exists())
+    recent = step >= oldest and (step in good or step in bad)
     if step != writing and not recent and step not in every:
       delete(run_dir, step)
       gone.append(step)
