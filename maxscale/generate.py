@@ -35,12 +35,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def generate(arguments: argparse.Namespace) -> str:
   """The prompt and its continuation."""
-  from maxscale import finish, resume, train
+  from maxscale import assemble, finish, resume
   from maxscale.checkpoint.restore import restore
 
   config = on_this_machine(read_config(arguments.run))
-  tokenizer, vocab = train.vocabulary(config)
-  program = train.build(config, vocab)
+  tokenizer, vocab = assemble.vocabulary(config)
+  program = assemble.build(config, vocab)
   found = restore(arguments.run, resume.leaves(program, "params/"), arguments.step)
   for bad in found.rejected:
     print(f"the checkpoint of step {bad.step} is damaged and was not used: {bad.array}: {bad.reason}", file=sys.stderr)

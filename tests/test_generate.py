@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxscale import generate, resume, train
+from maxscale import assemble, generate, resume
 from maxscale.checkpoint.restore import restore
 from maxscale.models import sample
 from tests import runs
@@ -54,8 +54,8 @@ def sampled(monkeypatch):
 def greedy(run_dir, prompt, tokens):
   """The most likely tokens, each by a forward pass over the whole text: no cache of keys and values."""
   config = generate.on_this_machine(generate.read_config(str(run_dir)))
-  tokenizer, vocab = train.vocabulary(config)
-  program = train.build(config, vocab)
+  tokenizer, vocab = assemble.vocabulary(config)
+  program = assemble.build(config, vocab)
   params = restore(str(run_dir), resume.leaves(program, "params/")).state["params"]
 
   @jax.jit

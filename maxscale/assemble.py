@@ -1,0 +1,61 @@
+"""From a config to a program on this machine's devices: the checks, the vocabulary, the mesh and the rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from maxscale import config as config_lib
+from maxscale.config import Config, ConfigError
+
+
+def check(config: Config) -> None:
+  """The checks that belong to a library of their own and need no device.
+
+  Raises:
+    ConfigError: a source or the remat table is wrong.
+  """
+  from maxscale.data.sources import check_spec
+  from maxscale.models import remat
+
+  remat.table(config.remat)
+  for name, spec in config.data.sources.items():
+    check_spec(name, spec)
+
+
+def build(config: Config, vocab_size: int) -> Any:
+  """The program of a config on this machine's devices, checked; nothing is compiled.
+
+  Raises:
+    ConfigError: too few devices, or arrays that the rules cannot place.
+  """
+  from maxscale import environment
+  from maxscale.models import remat
+  from maxscale.sharding import mesh, rules
+  from maxscale.step import Program
+
+  devices = environment.devices(config)
+  actions = remat.table(config.remat)
+  if devices[0].platform == "cpu" and actions and "offload" in actions.values():
+    raise ConfigError("remat.table offloads to host memory, which a CPU does not have apart; use keep or recompute")
+  try:
+    shape, device_mesh = mesh.for_config(config, devices)
+  except ConfigError as e:
+    small = "" if config.run.simulated_devices else "; to try the config small on this machine, add --small"
+    raise ConfigError(f"{e}{small}") from None
+  program = Program(config, vocab_size, device_mesh, rules.make(config.sharding, shape.sizes))
+  for batch, length in batch_shapes(config):
+    program.check(batch, length)
+  return program
+
+
+def batch_shapes(config: Config) -> list[tuple[int, int]]:
+  """(B, T) of each phase, without repeats."""
+  return list(dict.fromkeys((p.batch_size, p.length) for p in config_lib.phases(config.data)))
+
+
+def vocabulary(config: Config) -> tuple[Any, int]:
+  """The tokenizer, and the vocabulary of the model."""
+  from maxscale.data.tokenizers import load_tokenizer
+
+  tokenizer = load_tokenizer(config.data.tokenizer)
+  return tokenizer, config.model.vocab_size or tokenizer.vocab_size
