@@ -22,8 +22,10 @@ def check(config: Config) -> None:
     check_spec(name, spec)
 
 
-def build(config: Config, vocab_size: int) -> Any:
+def build(config: Config, vocab_size: int, sampling: bool = False) -> Any:
   """The program of a config on this machine's devices, checked; nothing is compiled.
+
+  A program for sampling has no batch to be split, and takes the most devices that its arrays can be split over.
 
   Raises:
     ConfigError: too few devices, or arrays that the rules cannot place.
@@ -37,13 +39,15 @@ def build(config: Config, vocab_size: int) -> Any:
   actions = remat.table(config.remat)
   if devices[0].platform == "cpu" and actions and "offload" in actions.values():
     raise ConfigError("remat.table offloads to host memory, which a CPU does not have apart; use keep or recompute")
+  if sampling:
+    devices = devices[: max(n for n in range(1, len(devices) + 1) if config.model.embed % n == 0)]
   try:
     shape, device_mesh = mesh.for_config(config, devices)
   except ConfigError as e:
     small = "" if config.run.simulated_devices else "; to try the config small on this machine, add --small"
     raise ConfigError(f"{e}{small}") from None
   program = Program(config, vocab_size, device_mesh, rules.make(config.sharding, shape.sizes))
-  for batch, length in batch_shapes(config):
+  for batch, length in [] if sampling else batch_shapes(config):
     program.check(batch, length)
   return program
 

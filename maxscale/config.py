@@ -83,7 +83,6 @@ class Model:
   rope_theta: float = option(10000.0, IDENTITY, "base of the rotary embedding")
   norm_eps: float = option(1e-6, IDENTITY, "epsilon of RMSNorm")
   dropout: float = option(0.0, SCHEDULE, "dropout rate on each block's output while training")
-  param_dtype: str = option("float32", IDENTITY, "dtype of parameters", ("float32", "bfloat16"))
   compute_dtype: str = option("bfloat16", SCHEDULE, "dtype of matmuls", ("float32", "bfloat16"))
   vocab_multiple: int = option(128, RUNTIME, "the table of embeddings is padded to a multiple of this")
   kv_head_multiple: int = option(1, RUNTIME, "key and value heads are padded to a multiple of this")
@@ -134,7 +133,6 @@ def phases(data: Data) -> list[Phase]:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  name: str = option("adamw", IDENTITY, "optimizer", ("adamw",))
   learning_rate: float = option(3e-4, SCHEDULE, "peak learning rate")
   schedule: str = option("cosine", SCHEDULE, "shape after the warm-up", ("cosine", "linear", "wsd", "constant"))
   warmup_steps: int = option(100, SCHEDULE, "steps of linear warm-up")
@@ -293,18 +291,20 @@ def differences(old: Config, new: Config) -> list[tuple[str, str, Any, Any]]:
 # ---- loading: file, overrides, types
 
 
-def load(path: str, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
+def load(path: str, overrides: typing.Sequence[tuple[str, str]] = (), small: bool = False) -> Config:
   """Reads a config file, applies `(dotted option, text)` overrides, checks, freezes.
+
+  `small` applies `SMALL` before the overrides, and gives the run a directory of its own.
 
   Raises:
     ConfigError: the file, an option or a combination is wrong; nothing was touched.
   """
   tree = _read_file(path)
-  for key, text in overrides:
+  for key, text in [*(SMALL.items() if small else ()), *overrides]:
     _override(tree, key, text)
   config = _build(Config, tree, "")
   if not config.run.name:
-    name = os.path.splitext(os.path.basename(path))[0]
+    name = os.path.splitext(os.path.basename(path))[0] + ("-small" if small else "")
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
   check(config)
   return config

@@ -10,7 +10,7 @@ import dataclasses
 import sys
 
 from maxscale import config as config_lib
-from maxscale.config import Config, ConfigError, Mesh
+from maxscale.config import Config, ConfigError, Mesh, Remat, Sharding
 from maxscale.errors import UserError
 
 
@@ -40,7 +40,7 @@ def generate(arguments: argparse.Namespace) -> str:
 
   config = on_this_machine(read_config(arguments.run))
   tokenizer, vocab = assemble.vocabulary(config)
-  program = assemble.build(config, vocab)
+  program = assemble.build(config, vocab, sampling=True)
   found = restore(arguments.run, resume.leaves(program, "params/"), arguments.step)
   for bad in found.rejected:
     print(f"the checkpoint of step {bad.step} is damaged and was not used: {bad.array}: {bad.reason}", file=sys.stderr)
@@ -64,11 +64,9 @@ def read_config(run_dir: str) -> Config:
 
 
 def on_this_machine(config: Config) -> Config:
-  """The config on the devices that are here, all along fsdp."""
+  """The config for sampling on the devices that are here: all along fsdp, the default rules, nothing recomputed."""
   run = dataclasses.replace(config.run, simulated_devices=0)
-  return dataclasses.replace(
-    config, run=run, mesh=Mesh(), sharding=dataclasses.replace(config.sharding, microbatches=1)
-  )
+  return dataclasses.replace(config, run=run, mesh=Mesh(), sharding=Sharding(), remat=Remat(policy="none"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maxscale.config import Config
+from maxscale.config import Config, ConfigError
 from maxscale.models import decoder, loss, module, remat
 from maxscale.models.module import ParamSpec, Tree
 from maxscale.models.parts import Dropout, Shape
@@ -85,6 +85,25 @@ class Program:
     self.rules.check(
       "attention", ("batch", "length", "heads", "head_dim"), (batch // m, length, s.N_pad, s.H), "compute"
     )
+    # Inside `on_shards` these dimensions meet: an axis that split both would sum over devices with other tokens.
+    self.rules.check("the logits", ("batch", "length", "vocab"), (batch // m, length, s.V_pad), "compute")
+    self.rules.check("the MLP", ("batch", "length", "mlp"), (batch // m, length, s.F), "compute")
+    self._check_compute()
+
+  def _check_compute(self) -> None:
+    """Refuses rules of role compute that no operation here is written for; they would be wrong without an error."""
+    for name in ("embed", "length", "residual_length", "head_dim", "experts", "layers", "norm"):
+      if self.rules.factor(name, "compute") > 1:
+        raise ConfigError(
+          f"sharding.compute.{name} splits it over {' * '.join(self.rules.axes(name, 'compute'))}, and no operation "
+          f"works on a part of {name} yet; leave it out of sharding.compute"
+        )
+    heads, kv = (self.rules.factor(name, "compute") for name in ("heads", "kv_heads"))
+    if heads != kv:
+      raise ConfigError(
+        f"sharding.compute splits heads over {heads} devices and kv_heads over {kv}, but a query head must be where its "
+        "key and value head is; give both the same rule, and pad with model.kv_head_multiple"
+      )
 
   # ---- the programs
 

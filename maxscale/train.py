@@ -34,8 +34,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--small", action="store_true", help="a scaled-down copy on 8 simulated CPU devices")
   arguments, rest = parser.parse_known_args(argv)
   try:
-    small = list(config_lib.SMALL.items()) if arguments.small else []
-    config = config_lib.load(arguments.config, small + config_lib.split_overrides(rest))
+    config = config_lib.load(arguments.config, config_lib.split_overrides(rest), arguments.small)
     if arguments.print_config:
       print(config_lib.to_json(config))
       print(f"hash {config.hash}", file=sys.stderr)
@@ -65,29 +64,28 @@ def run(config: Config) -> int:
   from maxscale.goodput.telemetry import line
   from maxscale.resilience.interrupt import Interrupt
 
-  done = resume.check(config)
-  if done is not None and done >= config.run.steps:
-    line(f"{config.run_dir} is complete: {done} steps are in its checkpoint. To go on, raise --config.run.steps; to "
-         "start anew, give another --config.run.dir; to sample: python -m maxscale.generate --run " + config.run_dir)  # fmt: skip
-    if not storage.path(f"{config.run_dir}/report.html").exists():  # it was stopped after its last checkpoint
-      line(f"report {report.write_report(config.run_dir)}")
-    return 0
-  log = events.EventLog(config.run_dir, config_hash=config.hash)
-  try:
-    with Interrupt() as interrupt:  # from here on: a signal while compiling also ends in a save
+  with Interrupt() as interrupt:  # from here on: a signal while compiling, too, ends in a save
+    done = resume.check(config)
+    if done is not None and done >= config.run.steps:
+      line(f"{config.run_dir} is complete: {done} steps are in its checkpoint. To go on, raise --config.run.steps; to "
+           f"start anew, give another --config.run.dir; to sample: python -m maxscale.generate --run {config.run_dir}")  # fmt: skip
+      if not storage.path(f"{config.run_dir}/report.html").exists():  # it was stopped after its last checkpoint
+        line(f"report {report.write_report(config.run_dir)}")
+      return 0
+    log = events.EventLog(config.run_dir, config_hash=config.hash)
+    try:
       code, reason = Run(config, log).train(interrupt)
-  except BaseException as e:
-    log.close(e.exit_code if isinstance(e, UserError) else 1, f"{type(e).__name__}: {e}"[:1000])
-    raise
-  log.close(code, reason)
-  return code
+    except BaseException as e:
+      log.close(e.exit_code if isinstance(e, UserError) else 1, f"{type(e).__name__}: {e}"[:1000])
+      raise
+    log.close(code, reason)
+    return code
 
 
 class Run:
   """One attempt at a run: what is opened once, and the loop."""
 
   def __init__(self, config: Config, log: Any):
-    from maxscale import storage
     from maxscale.goodput import events
     from maxscale.goodput.metrics import MetricsWriter
     from maxscale.goodput.telemetry import line
@@ -102,8 +100,6 @@ class Run:
     events.watch_jax(log)
     first = jax.devices()[0]
     log.event("devices", devices=jax.device_count(), device_kind=first.device_kind)
-    if jax.process_index() == 0:
-      storage.write(f"{config.run_dir}/config.json", config_lib.to_json(config))
     self._announce(line)
     log.enter("data_init")
     from maxscale.data.batches import Batches
@@ -129,19 +125,25 @@ class Run:
 
   def train(self, interrupt: Any) -> tuple[int, str]:
     """Restores or initialises, compiles, loops, ends; returns (exit code, reason)."""
-    from maxscale import resume
+    from maxscale import resume, storage
     from maxscale.checkpoint.manager import Checkpointer
     from maxscale.goodput.telemetry import line
     from maxscale.resilience.interrupt import INTERRUPTED
 
     c = self.config
     state, start = resume.restore_or_initialise(self)
+    if self.writer:  # only now: a resume that is refused leaves the config of the run as it was
+      storage.write(f"{c.run_dir}/config.json", config_lib.to_json(c))
     self.compiled = {shape: self._compile(*shape) for shape in assemble.batch_shapes(c)}
     saver = Checkpointer(c.run_dir, c.checkpoint.keep, c.checkpoint.keep_every, c.checkpoint.timeout, self.log.event)
-    state, step = self._loop(state, start, saver, interrupt)
+    try:
+      state, step = self._loop(state, start, saver, interrupt)
+    except BaseException:
+      self._abandon(saver)
+      raise
     self.log.enter("finish")
     saver.close()
-    if interrupt.requested:
+    if interrupt.requested and step < c.run.steps:
       line(f"stopped by {interrupt.requested} after step {step}; the checkpoint is complete, the same command goes on")
       self.close()
       return INTERRUPTED, interrupt.requested
@@ -149,6 +151,16 @@ class Run:
 
     finish.finish(self, state)
     return 0, "complete"
+
+  def _abandon(self, saver: Any) -> None:
+    """After an error in the loop: the save in flight still ends, and what it says does not hide the error."""
+    from maxscale.goodput.telemetry import line
+
+    try:
+      saver.close()
+      self.close()
+    except (UserError, OSError) as e:
+      line(f"while stopping: {e}")
 
   def close(self) -> None:
     if self.writer:

@@ -287,7 +287,7 @@ def test_what_defines_a_run_is_identity():
   """A sample of the classes, written down a second time: a change of one is a decision."""
   expected = {
     "run.seed": IDENTITY, "model.embed": IDENTITY, "model.experts_per_token": IDENTITY, "data.tokenizer": IDENTITY,
-    "model.param_dtype": IDENTITY, "optimizer.name": IDENTITY, "data.batch_size": SCHEDULE, "run.steps": SCHEDULE,
+    "model.layers": IDENTITY, "model.rope_theta": IDENTITY, "data.batch_size": SCHEDULE, "run.steps": SCHEDULE,
     "optimizer.learning_rate": SCHEDULE, "loss.z_loss": SCHEDULE, "mesh.fsdp": RUNTIME, "remat.policy": RUNTIME,
     "sharding.microbatches": RUNTIME, "model.vocab_multiple": RUNTIME, "loss.chunk": RUNTIME, "run.dir": RUNTIME,
   }  # fmt: skip

@@ -26,6 +26,15 @@ from maxscale.checkpoint.layout import (
 )
 from maxscale.checkpoint.orbax_io import ARRAYS
 
+# What TensorStore says of a store that does not answer, or not us: no proof of damage.
+TRANSIENT = (
+  "UNAVAILABLE",
+  "DEADLINE_EXCEEDED",
+  "PERMISSION_DENIED",
+  "UNAUTHENTICATED",
+  "RESOURCE_EXHAUSTED",
+  "ABORTED",
+)
 THREADS = 4  # arrays in flight, each of which is on the host once
 
 
@@ -137,11 +146,17 @@ def _read(base: storage.Path, marker: dict, leaves: tuple[Leaf, ...]) -> tuple[d
         try:
           arrays[path] = read.result()
         except _UnreadableError as e:
+          if any(status in str(e) for status in TRANSIENT):
+            raise CheckpointError(_later(path, e)) from e
           damage[path] = f"cannot be read: {str(e)[:500]}"
   damage = _agree(damage, marker["step"])
   if not damage:
     damage = _verify(arrays, marker, leaves)
   return arrays, damage
+
+
+def _later(what: str, error: Exception) -> str:
+  return f"{what} cannot be read now, which proves no damage: {str(error)[:500]}; mend the access and run it again"
 
 
 def _changed_files(base: storage.Path, marker: dict[str, Any], leaves: tuple[Leaf, ...]) -> dict[str, str]:
@@ -154,8 +169,10 @@ def _changed_files(base: storage.Path, marker: dict[str, Any], leaves: tuple[Lea
   def look(name: str) -> str | None:
     try:
       return None if commit.sha256(base / name) == marker["sha256"][name] else "was changed after the commit"
+    except FileNotFoundError:
+      return "is missing"
     except OSError as e:
-      return f"cannot be read: {e}"
+      raise CheckpointError(_later(name, e)) from e
 
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
     return {name: how for name, how in zip(names, pool.map(look, names)) if how}

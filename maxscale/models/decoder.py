@@ -89,7 +89,7 @@ class Decoder(nnx.Module):
 
 def skeleton(shape: Shape) -> module.Skeleton:
   """The decoder without arrays, and the specs of its parameters."""
-  return module.split(Decoder(shape), shape.param_dtype, {"layers": shape.L})
+  return module.split(Decoder(shape), "float32", {"layers": shape.L})
 
 
 def empty_cache(shape: Shape, batch: int, length: int) -> dict[str, jax.Array]:

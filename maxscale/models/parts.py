@@ -47,7 +47,6 @@ class Shape:
   eps: float
   dropout: float
   dtype: str
-  param_dtype: str
   grad_dtype: str
 
   @classmethod
@@ -59,7 +58,7 @@ class Shape:
       N=m.heads, N_pad=m.heads // kv * kv_pad, K=kv, K_pad=kv_pad, H=config.head_dim, L=m.layers,
       E=m.experts, E_pad=_pad(m.experts, m.expert_multiple), A=m.experts_per_token,
       tied=m.tied_embeddings, theta=m.rope_theta, eps=m.norm_eps, dropout=m.dropout,
-      dtype=m.compute_dtype, param_dtype=m.param_dtype, grad_dtype=config.optimizer.grad_reduce_dtype,
+      dtype=m.compute_dtype, grad_dtype=config.optimizer.grad_reduce_dtype,
     )  # fmt: skip
 
 

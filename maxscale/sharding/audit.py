@@ -42,7 +42,7 @@ def check(infos: Iterable[ArrayInfo], rules: Rules, replicated_limit_mib: float)
   """
   devices = math.prod(rules.sizes.values())
   for info in infos:
-    for role in dict.fromkeys((info.role, "compute")):
+    for role in ROLES:
       rules.check(info.path, info.names, info.shape, role)
     whole = split(info, rules, info.role) == 1 and devices > 1
     sharded = [a for a in ("fsdp", "expert", "tensor", "pipeline") if rules.sizes[a] > 1]

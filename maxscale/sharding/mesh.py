@@ -70,8 +70,15 @@ def _would_fit(group: str, sizes: dict[str, int], total: int) -> str:
 
 
 def count_slices(devices: Sequence[Any], mesh: Mesh) -> int:
-  """Slices that the devices report, or those that `mesh.slices` simulates (a CPU reports one)."""
-  return mesh.slices or len({getattr(d, "slice_index", 0) for d in devices})
+  """Slices that the devices report, or those that `mesh.slices` simulates (a CPU reports one).
+
+  Raises:
+    ConfigError: the devices are TPUs, whose slices are real, and there are not that many.
+  """
+  found = len({getattr(d, "slice_index", 0) for d in devices})
+  if mesh.slices and mesh.slices != found and devices[0].platform == "tpu":
+    raise ConfigError(f"mesh.slices={mesh.slices}, but these TPU devices are in {found}; set mesh.slices=0")
+  return mesh.slices or found
 
 
 def make(shape: MeshShape, devices: Sequence[Any]) -> Any:

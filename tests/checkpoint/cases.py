@@ -238,6 +238,25 @@ def case_all_damaged(run_dir):
       restore(run_dir, LEAVES)
 
 
+def case_an_outage_condemns_no_checkpoint(run_dir):
+  """A store that does not answer proves no damage: the restore stops and says so, and later finds all as it was."""
+  save(run_dir, 1, 2)
+  original, fired = commit.sha256, []
+
+  def outage(path):
+    fired.append(path)
+    raise TimeoutError("the store does not answer")
+
+  commit.sha256 = outage
+  try:
+    with raises("cannot be read now", "the store does not answer", "run it again"):
+      restore(run_dir, LEAVES)
+  finally:
+    commit.sha256 = original
+  assert fired and steps(run_dir) == [1, 2] and commit.damaged(run_dir) == []
+  assert restore(run_dir, LEAVES).step == 2
+
+
 def case_partial_restore(run_dir):
   save(run_dir, 1)
   os.remove(data_files(run_dir, 1, "optimizer")[0])

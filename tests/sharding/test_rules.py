@@ -104,9 +104,9 @@ def test_a_large_replicated_array_is_refused():
   audit.check([BIG], make(data=8), 3.9)  # replicas are what `data` is for
 
 
-def test_the_audit_checks_state_and_compute():
+def test_the_audit_checks_every_role():
   info = audit.ArrayInfo("w", (12, 16), ("embed", "mlp"), 4, "state")
-  with refused("embed=12", "role state"):
+  with refused("embed=12", "role param"):
     audit.check([info], make(fsdp=8), 64)
   with refused("mlp=16", "role compute"):
     audit.check([info], make(compute={"mlp": ["tensor", "data"]}, data=3, tensor=2), 64)
