@@ -50,6 +50,6 @@ def test_role_param_is_checked_where_state_overrides_it():
 
 def test_slices_of_real_tpus_are_not_simulated():
   devices = [types.SimpleNamespace(platform="tpu", slice_index=0)] * 4
-  with pytest.raises(ConfigError, match="mesh.slices=2, but these TPU devices are in 1; set mesh.slices=0"):
+  with pytest.raises(ConfigError, match=r"mesh\.slices=2, but these TPU devices are in 1; set mesh\.slices=0"):
     mesh.count_slices(devices, Mesh(slices=2))
   assert mesh.count_slices([types.SimpleNamespace(platform="cpu")] * 4, Mesh(slices=2)) == 2
