@@ -25,6 +25,11 @@ from tests.checkpoint.states import FSDP8, LAYOUTS, assert_equal, checkpointer_o
 LEAVES = leaves_of(FSDP8)
 
 
+def say(*words: object) -> None:
+  """Prints a result on a line of its own: Gloo's threads write pieces of lines to the same stream."""
+  print("\n= " + " ".join(map(str, words)), flush=True)
+
+
 def save(step: int, checkpointer: Checkpointer) -> None:
   checkpointer.save(step, make(LEAVES, step), LEAVES, Meta())
 
@@ -50,7 +55,7 @@ def load(layout: str = "same") -> None:
   leaves = leaves_of(LAYOUTS[layout])
   restored = restore(run_dir, leaves)
   assert_equal(restored.state, leaves, restored.step)
-  print("restored", restored.step, digest(fingerprint(restored.state, leaves)), [r.array for r in restored.rejected])
+  say("restored", restored.step, digest(fingerprint(restored.state, leaves)), [r.array for r in restored.rejected])
 
 
 def save_together() -> None:
@@ -94,7 +99,7 @@ def fail_together() -> None:
   try:
     checkpointer.close()
   except CheckpointError as e:
-    print("failed", e)
+    say("failed", e)
   assert steps(run_dir) == [1]
 
 
