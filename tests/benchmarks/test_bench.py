@@ -118,4 +118,4 @@ def test_on_this_machine_the_shares_are_reached(tmp_path):
   subprocess.run(command, check=True, timeout=1200)
   rows = json.loads(out.read_text())["cpu"]
   assert rows["moe_share_of_dense"] >= 0.4
-  assert rows["dense"]["ratio"] < 1.15 and rows["moe"]["ratio"] < 0.8
+  assert rows["dense"]["ratio"] < 1.25 and rows["moe"]["ratio"] < 0.8
