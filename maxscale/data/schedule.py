@@ -79,11 +79,6 @@ class Schedule:
     """The phase of a step."""
     return self.phases[bisect.bisect_right(self._starts, step) - 1]
 
-  def tokens_before(self, step: int) -> int:
-    """Positions (B * T, padding included) of all steps before a step."""
-    ends = [*self._starts[1:], step]
-    return sum(max(min(end, step) - p.start, 0) * p.batch_size * p.length for p, end in zip(self.phases, ends))
-
   def samples(self, step: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where some rows of a step's batch come from.
 

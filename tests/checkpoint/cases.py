@@ -332,8 +332,7 @@ def case_disk_full(run_dir):
   os.makedirs(f"{run_dir}/disk")
   mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", f"{run_dir}/disk"]
   if subprocess.run(mount, capture_output=True).returncode:
-    print("not allowed to mount: case_disk_full ran nothing", file=sys.stderr)
-    return
+    return "skipped: this user may not mount a small disk"
   try:
     save(f"{run_dir}/disk", 1)
     checkpointer = checkpointer_of(f"{run_dir}/disk", keep=10)
@@ -389,8 +388,7 @@ def main(names: list[str]) -> None:
   for name, case in cases.items():
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as run_dir:
       try:
-        case(run_dir)
-        out[name] = None
+        out[name] = case(run_dir)
       except Exception:
         out[name] = traceback.format_exc()
   print(json.dumps(out, indent=2))

@@ -72,14 +72,6 @@ def test_the_seed_changes_the_order_and_the_order_of_names_does_not():
   assert samples(Schedule(BASE, 0), 5) != samples(Schedule(BASE, 1), 5)
 
 
-def test_tokens_before():
-  schedule = Schedule(BASE, 0)
-  total = 0
-  for step in range(400):
-    assert schedule.tokens_before(step) == total
-    total += schedule.phase(step).batch_size * schedule.phase(step).length
-
-
 def test_far_steps_cost_nothing_more():
   which, positions = Schedule(BASE, 0).samples(10**12, np.arange(12))
   assert positions.min() > 10**12 and len(which) == 12
