@@ -29,7 +29,6 @@ from maxscale.errors import UserError
 
 IDENTITY, SCHEDULE, RUNTIME = "identity", "schedule", "runtime"
 MESH_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")  # outermost first
-TRAINABLE_AXES = ("data", "fsdp", "tensor")  # the others are in the contract, and refused until they work
 REMAT_ACTIONS = ("keep", "recompute", "offload")
 
 
@@ -175,7 +174,13 @@ class Sharding:
   param: dict = option({}, RUNTIME, "logical axis -> mesh axes of resident parameters; adds to the default table")
   state: dict = option({}, RUNTIME, "the same for master weights and optimizer state; defaults to param")
   compute: dict = option({}, RUNTIME, "the same for operations and activations")
-  microbatches: int = option(1, RUNTIME, "parts of a batch whose gradients are accumulated")
+  microbatches: int = option(1, RUNTIME, "parts of a batch: gradients are accumulated, pipeline stages work on several")
+  repeats: int = option(1, RUNTIME, "chunks of layers of a pipeline stage (circular schedule): a smaller bubble")
+  context: str = option(
+    "ring", RUNTIME, "attention over split sequences: K and V go around, are gathered, or heads are exchanged",
+    ("ring", "gather", "ulysses"),
+  )  # fmt: skip
+  expert_buffer: float = option(2.0, RUNTIME, "rows that a device's experts can receive, as a multiple of the balanced load")
   replicated_limit: float = option(64.0, RUNTIME, "MiB that an array may hold replicated without being an error")
 
 
@@ -449,6 +454,8 @@ AT_LEAST_ONE = [
   "data.prefetch",
   "data.threads",
   "sharding.microbatches",
+  "sharding.repeats",
+  "sharding.expert_buffer",
   "checkpoint.every",
   "checkpoint.keep",
   "eval.batches",
@@ -568,10 +575,5 @@ def _check_mesh(config: Config) -> None:
     sizes = {axis: getattr(node, axis) for axis in MESH_AXES}
     for axis, size in sizes.items():
       _require(size == -1 or size >= 1, f"{group}.{axis}={size} must be at least 1, or -1 for what is left")
-      _require(
-        axis in TRAINABLE_AXES or size == 1,
-        f"{group}.{axis}={size}: parallelism along {axis} is not there yet; set {group}.{axis}=1 and use "
-        f"{', '.join(TRAINABLE_AXES)}",
-      )
     unknown = [axis for axis, size in sizes.items() if size == -1]
     _require(len(unknown) < 2, f"only one of {' and '.join(f'{group}.{a}' for a in unknown)} can be -1")

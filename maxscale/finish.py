@@ -45,12 +45,8 @@ def sample(
 ) -> str:
   """A text that continues the prompt, on the devices of a program, whatever its mesh."""
   from maxscale.models.sample import sample as sample_tokens
-  from maxscale.sharding import context
 
-  # One sequence cannot be split over the batch axes: every device computes all of it, with its part of the weights.
-  tables = {**program.rules.tables, "compute": {**program.rules.tables["compute"], "batch": ()}}
-  rules = dataclasses.replace(program.rules, tables=tables)
+  sampler = program.for_sampling()
   ids = np.concatenate([[tokenizer.bos], tokenizer.encode(prompt)]).astype(np.int32)
-  with context.use(program.mesh, rules):
-    new = sample_tokens(program.skeleton, params, ids, tokens, temperature, seed, tokenizer.eos)
+  new = sample_tokens(sampler, sampler.adopt(params, program), ids, tokens, temperature, seed, tokenizer.eos)
   return prompt + tokenizer.decode(new)

@@ -63,7 +63,7 @@ def leaves(program: Any, prefix: str = "") -> tuple:
   from maxscale.checkpoint.layout import Leaf
 
   return tuple(
-    Leaf(path, s.logical, s.shape, s.dtype, program.sharding(s), layer_dims=int(s.stacked))
+    Leaf(path, s.logical, s.shape, s.dtype, program.sharding(s), layer_dims=int(bool(s.rows)), rows=s.rows)
     for path, s in program.specs.items()
     if path.startswith(prefix)
   )

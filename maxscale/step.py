@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from maxscale.config import Config, ConfigError
-from maxscale.models import decoder, loss, module, remat
+from maxscale.config import MESH_AXES, Config, ConfigError, Mesh, Remat, Sharding, nearest_divisors
+from maxscale.models import attention, decoder, loss, module, remat
 from maxscale.models.module import ParamSpec, Tree
 from maxscale.models.parts import Dropout, Shape
 from maxscale.optim import optimizer
-from maxscale.sharding import audit, context
-from maxscale.sharding.rules import Rules
+from maxscale.sharding import audit, context, pipeline, rules, sequence
+from maxscale.sharding import mesh as meshes
 
 BATCH_KEYS = ("tokens", "targets", "segments", "positions")  # [B, T] int32; "rows" is [B]
 COUNTERS = ("step", "skipped")
@@ -27,16 +30,21 @@ class Program:
 
   config: Config
   vocab_size: int
-  mesh: Mesh
-  rules: Rules
+  mesh: jax.sharding.Mesh
+  rules: rules.Rules
 
   @functools.cached_property
   def shape(self) -> Shape:
     return Shape.of(self.config, self.vocab_size)
 
   @functools.cached_property
+  def schedule(self) -> pipeline.Schedule:
+    s = self.config.sharding
+    return pipeline.Schedule(self.rules.factor("layers", "compute"), s.repeats, s.microbatches)
+
+  @functools.cached_property
   def skeleton(self) -> module.Skeleton:
-    return decoder.skeleton(self.shape)
+    return decoder.skeleton(self.shape, self.schedule.rows(self.shape.L))
 
   @functools.cached_property
   def optimizer(self) -> optimizer.Optimizer:
@@ -49,7 +57,7 @@ class Program:
     """Path of every array of the state -> its spec."""
     specs = {f"params/{path}": s for path, s in self.skeleton.specs.items()}
     specs |= {f"optimizer/{path}": s for path, s in self.optimizer.specs.items()}
-    specs |= {name: ParamSpec(name, (), (), (), "int32", None, False) for name in COUNTERS}
+    specs |= {name: ParamSpec(name, (), (), (), "int32", None, ()) for name in COUNTERS}
     return {path: dataclasses.replace(s, path=path) for path, s in specs.items()}
 
   def infos(self) -> list[audit.ArrayInfo]:
@@ -58,6 +66,10 @@ class Program:
 
   def sharding(self, spec: ParamSpec, role: str = "state") -> NamedSharding:
     return NamedSharding(self.mesh, self.rules.spec(spec.names, role))
+
+  def param_specs(self, role: str) -> Tree:
+    """PartitionSpec of every parameter in a role."""
+    return module.map_specs(lambda s: self.rules.spec(s.names, role), self.skeleton.specs)
 
   def abstract_state(self) -> Tree:
     return module.map_specs(
@@ -79,31 +91,39 @@ class Program:
       ConfigError: names the array, the sizes and what to change.
     """
     s, m = self.shape, self.config.sharding.microbatches
+    self._check_stages()
+    if self.rules.factor("experts", "compute") > max(1, s.E):
+      raise ConfigError(f"mesh.expert={self.rules.factor('experts', 'compute')} is more than model.experts={s.E}; lower "
+                        "mesh.expert, and give its devices to mesh.fsdp")  # fmt: skip
     audit.check(self.infos(), self.rules, self.config.sharding.replicated_limit)
-    names = ("batch", "length", "embed")
-    self.rules.check("the batch of a microbatch", names, (batch // m, length, s.D), "compute")
-    self.rules.check(
-      "attention", ("batch", "length", "heads", "head_dim"), (batch // m, length, s.N_pad, s.H), "compute"
-    )
-    # Inside `on_shards` these dimensions meet: an axis that split both would sum over devices with other tokens.
-    self.rules.check("the logits", ("batch", "length", "vocab"), (batch // m, length, s.V_pad), "compute")
-    self.rules.check("the MLP", ("batch", "length", "mlp"), (batch // m, length, s.F), "compute")
-    self._check_compute()
-
-  def _check_compute(self) -> None:
-    """Refuses rules of role compute that no operation here is written for; they would be wrong without an error."""
-    for name in ("embed", "length", "residual_length", "head_dim", "experts", "layers", "norm"):
-      if self.rules.factor(name, "compute") > 1:
-        raise ConfigError(
-          f"sharding.compute.{name} splits it over {' * '.join(self.rules.axes(name, 'compute'))}, and no operation "
-          f"works on a part of {name} yet; leave it out of sharding.compute"
-        )
-    heads, kv = (self.rules.factor(name, "compute") for name in ("heads", "kv_heads"))
-    if heads != kv:
+    check, parts = functools.partial(self.rules.check, role="compute"), self.rules.factor("length", "compute")
+    sequence.order(length, parts, attention.balanced(self.config.sharding.context))
+    check("the residual stream of a microbatch", ("batch", "residual_length", "embed"), (batch // m, length, s.D))
+    check("attention", ("batch", "length", "heads", "head_dim"), (batch // m, length, s.N_pad, s.H))
+    check("the logits", ("batch", "length", "vocab"), (batch // m, length, s.V_pad))
+    check("the MLP", ("batch", "length", "mlp"), (batch // m, length, s.F))
+    heads, kv = (n // self.rules.factor("heads", "compute") for n in (s.N_pad, s.K_pad))
+    if self.config.sharding.context == "ulysses" and (heads % parts or kv % parts):
       raise ConfigError(
-        f"sharding.compute splits heads over {heads} devices and kv_heads over {kv}, but a query head must be where its "
-        "key and value head is; give both the same rule, and pad with model.kv_head_multiple"
+        f"sharding.context=ulysses exchanges heads along context: {heads} heads and {kv} key and value heads of a "
+        f"device do not divide over mesh.context={parts}; use sharding.context=ring, or mesh.context of "
+        f"{nearest_divisors(kv, parts)}"
       )
+
+  def _check_stages(self) -> None:
+    p, v, m = self.schedule.stages, self.schedule.repeats, self.schedule.microbatches
+    layers = self.shape.L
+    if p == 1 and v > 1:
+      raise ConfigError(f"sharding.repeats={v} is for a pipeline, and mesh.pipeline is 1; set sharding.repeats=1")
+    if layers % (p * v):
+      raise ConfigError(
+        f"model.layers={layers} is not divisible by mesh.pipeline={p} * sharding.repeats={v}; mesh.pipeline could be "
+        f"{nearest_divisors(max(1, layers // v), p)}, or model.layers {layers // (p * v) * p * v or p * v} or "
+        f"{-(-layers // (p * v)) * p * v}"
+      )
+    if m < p or (v > 1 and m % p):
+      need = f"at least mesh.pipeline={p}" + (" and a multiple of it where sharding.repeats > 1" if v > 1 else "")
+      raise ConfigError(f"sharding.microbatches={m} must be {need}, so that every stage has work; set it to {-(-m // p) * p}")
 
   # ---- the programs
 
@@ -111,10 +131,9 @@ class Program:
     """() -> state, each array made already sharded."""
 
     def init() -> Tree:
-      with context.use(self.mesh, self.rules):
-        params = module.map_specs(lambda s: module.initialise(s, self.config.run.seed), self.skeleton.specs)
-        counters = {name: jnp.zeros((), jnp.int32) for name in COUNTERS}
-        return {"params": params, "optimizer": self.optimizer.init(params), **counters}
+      params = module.map_specs(lambda s: module.initialise(s, self.config.run.seed), self.skeleton.specs)
+      counters = {name: jnp.zeros((), jnp.int32) for name in COUNTERS}
+      return {"params": params, "optimizer": self.optimizer.init(params), **counters}
 
     return jax.jit(init, out_shardings=module.map_specs(self.sharding, self.specs))
 
@@ -132,59 +151,149 @@ class Program:
     """(params, batch) -> (sum of the plain loss, number of targets)."""
 
     def run(params: Tree, batch: Tree) -> tuple[jax.Array, jax.Array]:
-      with context.use(self.mesh, self.rules):
-        _, sums = self.loss(params, batch, None, jnp.float32(1))
-        return sums["nll"], jnp.sum(batch["targets"] >= 0)
+      _, _, sums = self.on_mesh(params, batch, None, jnp.float32(1), gradients=False)
+      return sums["nll"], jnp.sum(batch["targets"] >= 0)
 
     return jax.jit(run)
 
-  def loss(self, params: Tree, batch: Tree, step: jax.Array | None, scale: jax.Array) -> tuple[jax.Array, Tree]:
-    """The loss of a batch times `scale`, and sums for the metrics; `step` (for dropout) is None when evaluating.
+  def on_mesh(
+    self, params: Tree, batch: Tree, step: jax.Array | None, scale: jax.Array, gradients: bool = True
+  ) -> tuple[Tree, jax.Array, Tree]:
+    """Gradients (None without `gradients`), loss and sums for the metrics of a batch: one program manual over the mesh.
 
-    Everything is a sum over tokens or sequences, so that parts of a batch add up to the whole.
+    The loss is a sum over tokens and sequences times `scale`, so that parts of a batch add up to the whole. `step`
+    (for dropout) is None when evaluating. Parameters and gradients are in role state.
     """
-    c = self.config
-    model = self.skeleton.merge(params)
-    x, aux, _ = model(
-      batch["tokens"], batch["segments"], batch["positions"], self._dropout(batch, step),
-      remat=lambda f: remat.wrap(f, remat.table(c.remat)),
-    )  # fmt: skip
-    head = model.head_table()
-    spec = loss.LossSpec(self.vocab_size, c.loss.z_loss, c.loss.chunk, head.names, c.optimizer.grad_reduce_dtype)
-    total, nll = loss.cross_entropy(spec, x, head.get_value(), batch["targets"], scale)
-    sums = {"nll": nll}
-    if aux:
-      balance, router_z = aux["balance_loss"].sum(), aux["router_z_loss"].sum()
-      total += scale * (c.loss.balance_loss * balance + c.loss.router_z_loss * router_z)
-      sums |= {"balance_loss": balance, "expert_tokens": aux["expert_tokens"]}
-    return total, sums
+    state = self.param_specs("state")
+    batch_specs = {key: self.batch_sharding(key).spec for key in batch}
+    sums = {"nll": PartitionSpec()}
+    if self.shape.E:
+      sums |= {k: PartitionSpec() for k in ("balance_loss", "dropped")}
+      sums["expert_tokens"] = self.rules.spec(("layers", None), "compute")
+    f = functools.partial(self._shard, gradients=gradients)
+    whole = PartitionSpec()
+    return context.on_mesh(
+      f, self.mesh, self.rules, (state, batch_specs, whole, whole), (state if gradients else None, whole, sums)
+    )(params, batch, step, scale)
 
-  def _dropout(self, batch: Tree, step: jax.Array | None) -> Dropout | None:
+  def for_sampling(self) -> Program:
+    """The program of the same model on the same devices, for one sequence at a time: parameters split as far as they
+    divide, nothing else split, since a single sequence has no batch."""
+    config = dataclasses.replace(self.config, mesh=Mesh(), sharding=Sharding(), remat=Remat(policy="none"))
+    devices = list(self.mesh.devices.flat)
+    fsdp = math.gcd(len(devices), self.shape.D)
+    shape = meshes.MeshShape(tuple({"fsdp": fsdp, "data": len(devices) // fsdp}.get(a, 1) for a in MESH_AXES),
+                             (1,) * len(MESH_AXES))  # fmt: skip
+    made = rules.make(config.sharding, shape.sizes)
+    made = rules.Rules({**made.tables, "compute": {**made.tables["compute"], "batch": ()}}, shape.sizes)
+    return Program(config, self.vocab_size, meshes.make(shape, devices), made)
+
+  def adopt(self, params: Tree, other: Program) -> Tree:
+    """The parameters of another program of the same model, as this one wants them: layers in its order, on its mesh."""
+
+    def reorder(params: Tree) -> Tree:
+      flat, mine, theirs = module.flatten(params), self.skeleton.specs, other.skeleton.specs
+      for path, spec in mine.items():
+        if spec.rows != theirs[path].rows:
+          flat[path] = flat[path][np.argsort(theirs[path].rows)[np.asarray(spec.rows)]]
+      return module.nest(flat)
+
+    return jax.device_put(jax.jit(reorder)(params), module.map_specs(self.sharding, self.skeleton.specs))
+
+  # ---- inside: what one device does
+
+  def _shard(self, params: Tree, batch: Tree, step: jax.Array | None, scale: jax.Array, gradients: bool) -> Any:
+    names = {path: s.names for path, s in self.skeleton.specs.items()}
+    flat = {p: context.gather_param(x, names[p], "state", "param") for p, x in module.flatten(params).items()}
+    outer, stack = self._split(module.nest(flat))
+    m = self.config.sharding.microbatches
+    # [B, ...] -> [M, B/M, ...] by striding, so that every device keeps its own rows
+    parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // m, m, *x.shape[1:]).swapaxes(0, 1), self._ordered(batch))
+    pieces = self._pieces(step, scale)
+    head_loss, stage_loss, head_sums, stage_sums, *grads = pipeline.run(
+      self.schedule, pieces, outer, stack, parts, gradients
+    )
+    total = context.token_sum(head_loss, residual=False) + context.psum(
+      context.token_sum(stage_loss, residual=True), "layers"
+    )
+    sums = {"nll": context.token_sum(head_sums["nll"], residual=False)}
+    if stage_sums:
+      stage_sums = context.token_sum(stage_sums, residual=True)  # [layers of this stage, ...]
+      sums |= {k: context.psum(stage_sums[k].sum(), "layers") for k in ("balance_loss", "dropped")}
+      sums["expert_tokens"] = stage_sums["expert_tokens"]
+    if not gradients:
+      return None, total, sums
+    flat = module.flatten({**grads[0], **grads[1]})
+    complete = context.complete_gradients(flat, names, self.config.optimizer.grad_reduce_dtype)
+    return module.nest(complete), total, sums
+
+  def _split(self, params: Tree) -> tuple[Tree, Tree]:
+    """(parameters outside the layers, those of the layers)."""
+    return {k: v for k, v in params.items() if k != "layers"}, {"layers": params["layers"]}
+
+  def _ordered(self, batch: Tree) -> Tree:
+    """This device's places of every sequence; `places` says which they are, [T] of them."""
+    length = batch["tokens"].shape[1] * context.parts("length")
+    order = sequence.order(length, context.parts("length"), attention.balanced(self.config.sharding.context))
+    size = length // context.parts("length")
+    mine = jax.lax.dynamic_slice_in_dim(jnp.asarray(order), context.shard_index("length") * size, size)
+    out = dict(batch)
+    if (order != np.arange(length)).any():
+      for key in BATCH_KEYS:
+        whole = jax.lax.all_gather(batch[key], context.mesh_axes("length"), axis=1, tiled=True)
+        out[key] = whole[:, mine]
+    out["places"] = jnp.broadcast_to(mine, batch["tokens"].shape)
+    return out
+
+  def _pieces(self, step: jax.Array | None, scale: jax.Array) -> pipeline.Pieces:
+    c = self.config
+    gathers = any(self.rules.split(n, "param") != self.rules.split(n, "compute") for n in self.rules.tables["param"])
+    wrap = functools.partial(remat.wrap, actions=remat.table(c.remat), gathers=gathers)
+    spec = loss.LossSpec(self.vocab_size, c.loss.z_loss, c.loss.chunk)
+
+    def embed(outer: Tree, part: Tree) -> jax.Array:
+      return self.skeleton.merge(outer).embed(part["tokens"])
+
+    def stage(stack: Tree, x: jax.Array, part: Tree, layers: jax.Array) -> Any:
+      x, aux, _ = self.skeleton.merge(stack).run_layers(x, layers, part, self._dropout(part, step), remat=wrap)
+      if not aux:
+        return x, jnp.float32(0), {}
+      add = scale * (c.loss.balance_loss * aux["balance_loss"] + c.loss.router_z_loss * aux["router_z_loss"])
+      return x, add.sum(), {k: aux[k] for k in ("balance_loss", "expert_tokens", "dropped")}
+
+    def head(outer: Tree, x: jax.Array, part: Tree) -> Any:
+      total, nll = self.skeleton.merge(outer).loss(spec, x, part["targets"], scale)
+      return total, {"nll": nll}
+
+    return pipeline.Pieces(embed, stage, head)
+
+  def _dropout(self, part: Tree, step: jax.Array | None) -> Dropout | None:
     if step is None or not self.shape.dropout:
       return None
     key = jax.random.fold_in(module.path_key(self.config.run.seed, "dropout"), step)
-    length = batch["tokens"].shape[1]
-    return Dropout(key, batch["rows"][:, None] * length + jnp.arange(length), self.shape.dropout)
+    length = part["tokens"].shape[1] * context.parts("length")
+    return Dropout(key, context.own_part(part["rows"][:, None] * length + part["places"]), self.shape.dropout)
+
+  # ---- the step
 
   def _train(self, state: Tree, batch: Tree) -> tuple[Tree, Tree]:
-    with context.use(self.mesh, self.rules):
-      targets = jnp.sum(batch["targets"] >= 0)
-      scale = 1 / jnp.maximum(targets, 1).astype(jnp.float32)
-      grads, total, sums = self._gradients(state["params"], batch, state["step"], scale)
-      norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
-      clip = self.config.optimizer.clip_norm
-      if clip:
-        grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip / (norm + 1e-6)).astype(g.dtype), grads)
-      params, moments = self.optimizer.update(grads, state["optimizer"], state["params"], state["step"])
-      good = jnp.isfinite(total) & jnp.isfinite(norm)
-      keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
-      new = {
-        "params": keep(params, state["params"]),
-        "optimizer": keep(moments, state["optimizer"]),
-        "step": state["step"] + 1,
-        "skipped": state["skipped"] + ~good,
-      }
-      return new, self._metrics(state["step"], total, sums, targets, norm, new["skipped"])
+    targets = jnp.sum(batch["targets"] >= 0)
+    scale = 1 / jnp.maximum(targets, 1).astype(jnp.float32)
+    grads, total, sums = self.on_mesh(state["params"], batch, state["step"], scale)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
+    clip = self.config.optimizer.clip_norm
+    if clip:
+      grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip / (norm + 1e-6)).astype(g.dtype), grads)
+    params, moments = self.optimizer.update(grads, state["optimizer"], state["params"], state["step"])
+    good = jnp.isfinite(total) & jnp.isfinite(norm)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
+    new = {
+      "params": keep(params, state["params"]),
+      "optimizer": keep(moments, state["optimizer"]),
+      "step": state["step"] + 1,
+      "skipped": state["skipped"] + ~good,
+    }
+    return new, self._metrics(state["step"], total, sums, targets, norm, new["skipped"])
 
   def _metrics(self, step: jax.Array, total: jax.Array, sums: Tree, targets: jax.Array, norm: jax.Array,
                skipped: jax.Array) -> Tree:  # fmt: skip
@@ -197,27 +306,5 @@ class Program:
       per_layer = sums["expert_tokens"]  # [L, E]
       out["balance_loss"] = sums["balance_loss"] / (n * self.shape.L)
       out["expert_load"] = jnp.max(per_layer.max(-1) / jnp.maximum(per_layer.mean(-1), 1))
+      out["expert_dropped"] = sums["dropped"]
     return out
-
-  def _gradients(self, params: Tree, batch: Tree, step: jax.Array, scale: jax.Array) -> tuple[Tree, jax.Array, Tree]:
-    """Gradients, loss and sums of the batch, its microbatches one after another; all of them exact sums."""
-    names = {path: s.names for path, s in self.skeleton.specs.items()}
-    place = lambda tree, role: module.nest(  # noqa: E731
-      {p: context.constrain(x, names[p], role) for p, x in module.flatten(tree).items()}
-    )
-    params = place(params, "param")
-
-    def run(part: Tree) -> tuple[Tree, jax.Array, Tree]:
-      (total, sums), grads = jax.value_and_grad(self.loss, has_aux=True)(params, part, step, scale)
-      return place(grads, "state"), total, sums
-
-    m = self.config.sharding.microbatches
-    if m == 1:
-      return run(batch)
-    # [B, ...] -> [M, B/M, ...] by striding, so that every device keeps its own rows
-    parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // m, m, *x.shape[1:]).swapaxes(0, 1), batch)
-    zeros = jax.tree.map(
-      lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run, jax.tree.map(lambda x: x[0], parts))
-    )
-    zeros = (place(zeros[0], "state"), *zeros[1:])
-    return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, run(part)), None), zeros, parts)[0]

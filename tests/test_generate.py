@@ -61,7 +61,9 @@ def greedy(run_dir, prompt, tokens):
   @jax.jit
   def logits(params, ids):
     model = program.skeleton.merge(params)
-    return model.logits(model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])[0])[0]
+    batch = {"segments": jnp.ones_like(ids), "positions": jnp.arange(ids.shape[1])[None]}
+    x, _, _ = model.run_layers(model.embed(ids), jnp.arange(model.shape.L), batch)
+    return model.logits(x)[0]
 
   text = [tokenizer.bos, *tokenizer.encode(prompt)]
   ids = np.zeros((1, len(text) + tokens), np.int32)  # what comes later is not seen: attention is causal

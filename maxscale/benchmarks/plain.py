@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maxscale.models import kernels
+from maxscale.models import attention
 from maxscale.models.parts import Shape
 
 Tree = dict[str, Any]
@@ -103,5 +103,5 @@ def _loss(s: Shape, attention: Callable, z_loss: float, params: Tree, batch: Tre
 def attention_for(platform: str) -> Callable:
   """The same attention as the framework's, so that the comparison is of all the rest."""
   if platform == "tpu":
-    return kernels.splash_attention
-  return kernels.xla_attention
+    return attention.splash_attention
+  return attention.xla_attention

@@ -1,7 +1,8 @@
-"""The operations that have a kernel for each platform: each is one function that picks it."""
+"""The operations on parameters: products and lookups whose gradients are made, and cross devices, in their own dtype."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,25 +10,51 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from maxscale.models import remat
 from maxscale.sharding import context as sharding
 
 Names = tuple[str | None, ...]
-custom_vjp: Any = jax.custom_vjp  # its own type loses the signature behind a partial
-TOKENS, INNER = ("batch", "length"), ("batch", "length", "embed")
+custom_vjp = sharding.custom_vjp
 
 
-def use_weight(w: jax.Array, names: Names, dtype: Any) -> jax.Array:
-  """A parameter as operations use it: cast first, so that FSDP gathers the narrow type, then sharded for compute."""
-  return sharding.constrain(w.astype(dtype), names)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weight:
+  """A parameter in use.
 
-
-@functools.partial(custom_vjp, nondiff_argnums=(0, 3, 4))
-def matmul(spec: str, x: jax.Array, w: jax.Array, names: Names, grad_dtype: str) -> jax.Array:
-  """einsum(spec, x, w) in the dtype of x, for a parameter w with dimensions `names`.
-
-  Plain AD would make and reduce the gradient of w in x's dtype; here it is made, and crosses devices, in `grad_dtype`.
+  Attributes:
+    used: narrow, whole as far as role compute says, and without a gradient of its own.
+    master: this device's float32 shard, of which only the gradient is made.
+    names: of the dimensions.
+    grad_dtype: plain AD would make and reduce the gradient in the dtype of `used`; here it is made, and crosses devices,
+      in this one, before it becomes the cotangent of `master`.
   """
-  return jnp.einsum(spec, x, use_weight(w, names, x.dtype), precision=_precision(x))
+
+  used: jax.Array
+  master: jax.Array
+  names: Names = dataclasses.field(metadata={"static": True})
+  grad_dtype: str = dataclasses.field(metadata={"static": True})
+
+  @classmethod
+  def of(cls, w: jax.Array, names: Names, dtype: Any, grad_dtype: str) -> Weight:
+    """Casts first, so that FSDP gathers the narrow type: once for forward, once for recomputation and backward."""
+    used = sharding.gather_param(w.astype(dtype), names)
+    return cls(jax.lax.stop_gradient(checkpoint_name(used, remat.WEIGHT)), w, names, grad_dtype)
+
+  def residual(self) -> Weight:
+    """What a backward pass keeps: of the master only its dtype, or float32 weights would be kept a second time."""
+    return dataclasses.replace(self, master=jnp.zeros((0,), self.master.dtype))
+
+  def cotangent(self, dw: jax.Array) -> Weight:
+    """The cotangent of the weight for this device's gradient dw, summed and scattered as role param says."""
+    dw = sharding.scatter_gradient(dw, self.names).astype(self.master.dtype)
+    return dataclasses.replace(self, used=jnp.zeros_like(self.used), master=dw)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
+def matmul(spec: str, x: jax.Array, w: Weight) -> jax.Array:
+  """einsum(spec, x, w) in the dtype of x."""
+  return jnp.einsum(spec, x, w.used, precision=_precision(x))
 
 
 def _precision(x: jax.Array) -> jax.lax.Precision | None:
@@ -35,54 +62,34 @@ def _precision(x: jax.Array) -> jax.lax.Precision | None:
   return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-def _matmul_fwd(spec: str, x: jax.Array, w: jax.Array, names: Names, grad_dtype: str) -> Any:
-  return matmul(spec, x, w, names, grad_dtype), (x, w)
-
-
-def _matmul_bwd(spec: str, names: Names, grad_dtype: str, residuals: Any, dy: jax.Array) -> Any:
+def _matmul_bwd(spec: str, residuals: Any, dy: jax.Array) -> Any:
   x, w = residuals
   operands, y = spec.split("->")
   a, b = operands.split(",")
-  dx = jnp.einsum(f"{y},{b}->{a}", dy, use_weight(w, names, dy.dtype), precision=_precision(dy))
-  dw = jnp.einsum(f"{a},{y}->{b}", x, dy, preferred_element_type=jnp.dtype(grad_dtype), precision=_precision(dy))
-  return dx, sharding.constrain(dw, names, "param").astype(w.dtype)
+  dx = jnp.einsum(f"{y},{b}->{a}", dy, w.used, precision=_precision(dy))
+  dw = jnp.einsum(f"{a},{y}->{b}", x, dy, preferred_element_type=jnp.dtype(w.grad_dtype), precision=_precision(dy))
+  return dx, w.cotangent(dw)
 
 
-matmul.defvjp(_matmul_fwd, _matmul_bwd)
+matmul.defvjp(lambda spec, x, w: (matmul(spec, x, w), (x, w.residual())), _matmul_bwd)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2, 3, 4))
-def lookup(table: jax.Array, tokens: jax.Array, names: Names, dtype: str, grad_dtype: str) -> jax.Array:
-  """Rows of an embedding table [V, D] for tokens [B, T], in `dtype`; its gradient is made in `grad_dtype`.
-
-  Each device looks into its own part of the vocabulary: the partitioner, left alone, gathers the table or the
-  activations to do this.
-  """
-
-  def shard(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    rows, mine = own_rows(table.shape[0], tokens)
-    return sharding.psum(jnp.where(mine[..., None], table[rows], 0), "vocab")
-
-  f = sharding.on_shards(shard, (names, TOKENS), INNER)
-  return f(use_weight(table, names, jnp.dtype(dtype)), tokens)
+@custom_vjp
+def lookup(table: Weight, tokens: jax.Array) -> jax.Array:
+  """Rows of an embedding table [V, D] for tokens [B, T], 0 where another device has the row: a partial sum over the
+  devices that split the vocabulary."""
+  rows, mine = own_rows(table.used.shape[0], tokens)
+  return jnp.where(mine[..., None], table.used[rows], 0)
 
 
-def _lookup_fwd(table: jax.Array, tokens: jax.Array, names: Names, dtype: str, grad_dtype: str) -> Any:
-  return lookup(table, tokens, names, dtype, grad_dtype), (table, tokens)
-
-
-def _lookup_bwd(names: Names, dtype: str, grad_dtype: str, residuals: Any, dy: jax.Array) -> Any:
+def _lookup_bwd(residuals: Any, dy: jax.Array) -> Any:
   table, tokens = residuals
-  vocab, width = table.shape
+  rows, mine = own_rows(table.used.shape[0], tokens)
+  dy = jnp.where(mine[..., None], dy, 0).astype(table.grad_dtype)
+  return table.cotangent(jnp.zeros(table.used.shape, table.grad_dtype).at[rows].add(dy)), None
 
-  def shard(tokens: jax.Array, dy: jax.Array) -> jax.Array:
-    size = vocab // sharding.parts("vocab")
-    rows, mine = own_rows(size, tokens)
-    dw = jnp.zeros((size, width), grad_dtype).at[rows].add(jnp.where(mine[..., None], dy, 0).astype(grad_dtype))
-    return sharding.reduce_gradient(dw, names)
 
-  dw = sharding.on_shards(shard, (TOKENS, INNER), sharding.Gradient(names))(tokens, dy)
-  return sharding.constrain(dw, names, "param").astype(table.dtype), None
+lookup.defvjp(lambda table, tokens: (lookup(table, tokens), (table.residual(), tokens)), _lookup_bwd)
 
 
 def own_rows(size: int, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -92,135 +99,40 @@ def own_rows(size: int, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.where(mine, rows, 0), mine
 
 
-lookup.defvjp(_lookup_fwd, _lookup_bwd)
-
-
-# ---- attention
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array,
-              offset: jax.Array | int = 0) -> jax.Array:  # fmt: skip
-  """Causal attention inside segments.
-
-  Args:
-    q: [B, T, N, H]. k, v: [B, S, K, H], N a multiple of K.
-    q_segments, k_segments: int32 [B, T] and [B, S]; a query sees keys of its own segment only.
-    offset: index of the first query among the keys (decoding); training has 0.
-
-  Returns:
-    [B, T, N, H] in the dtype of q.
-  """
-  if sharding.platform() != "tpu" or q.shape[1] != k.shape[1] or q.shape[1] % 128:
-    return xla_attention(q, k, v, q_segments, k_segments, offset)
-  q_names, k_names = ("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim")
-  f = sharding.on_shards(splash_attention, (q_names, k_names, k_names, TOKENS, TOKENS), q_names)
-  return f(q, k, v, q_segments, k_segments)
-
-
-CAUSAL_BLOCKS = 4  # of queries: later keys are left out of each, which saves three eighths of the work
-
-
-def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array,
-                  offset: jax.Array | int = 0) -> jax.Array:  # fmt: skip
-  """`attention` as XLA compiles it anywhere; the [T/4, S] matrix of a block of queries exists."""
-  t = q.shape[1]
-  if t != k.shape[1] or t % CAUSAL_BLOCKS or t < 128:
-    return _attend(q, k, v, q_segments, k_segments, offset)
-  size = t // CAUSAL_BLOCKS
-  blocks = [(i * size, (i + 1) * size) for i in range(CAUSAL_BLOCKS)]
-  return jnp.concatenate(
-    [_attend(q[:, a:z], k[:, :z], v[:, :z], q_segments[:, a:z], k_segments[:, :z], a) for a, z in blocks], axis=1
-  )
-
-
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array,
-            offset: jax.Array | int) -> jax.Array:  # fmt: skip
-  b, t, n, h = q.shape
-  s, kv = k.shape[1], k.shape[2]
-  # Heads in front: both products are then plain batched matmuls, which is what a CPU has fast code for.
-  q = (q * h**-0.5).reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h)
-  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  logits = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32).reshape(b, kv, n // kv, t, s)
-  causal = (jnp.arange(t)[:, None] + offset) >= jnp.arange(s)[None, :]
-  mask = causal & (q_segments[:, :, None] == k_segments[:, None, :])
-  logits = jnp.where(mask[:, None, None], logits, -1e30)
-  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-  o = jnp.einsum("bkts,bksh->bkth", weights.astype(q.dtype).reshape(b, kv, -1, s), v,
-                 preferred_element_type=jnp.float32).reshape(b, kv, n // kv, t, h)  # fmt: skip
-  # The sum divides after the product, on H numbers a row instead of S. The two have the name under which a remat
-  # policy keeps attention: they are what the backward pass needs so as not to run this product again.
-  o, total = checkpoint_name(o, "attention"), checkpoint_name(weights.sum(-1, keepdims=True), "attention")
-  return (o / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
-
-
-def splash_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array
-) -> jax.Array:
-  """`attention` by the TPU kernel; T is a multiple of 128. No [T, T] matrix exists."""
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-  t, n, h = q.shape[1:]
-  block = next(b for b in (1024, 512, 256, 128) if t % b == 0)
-  kernel = splash.make_splash_mha(
-    masks.MultiHeadMask([masks.CausalMask((t, t))] * n),
-    head_shards=1,
-    q_seq_shards=1,
-    block_sizes=splash.BlockSizes(
-      block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
-    ),
-    # The kernel's output and log-sum-exp must be kept together, or the backward pass runs the kernel again.
-    residual_checkpoint_name="attention",
-  )
-  heads_first = lambda x: x.transpose(0, 2, 1, 3)  # noqa: E731
-  segments = splash.SegmentIds(q=q_segments, kv=k_segments)
-  out = jax.vmap(kernel)(heads_first(q * h**-0.5), heads_first(k), heads_first(v), segments)
-  return heads_first(out)
-
-
 # ---- grouped matmul
 
 
-def grouped_matmul(x: jax.Array, w: jax.Array, master: jax.Array, sizes: jax.Array) -> jax.Array:
+@custom_vjp
+def grouped_matmul(x: jax.Array, w: Weight, sizes: jax.Array) -> jax.Array:
   """Row block e of x times w[e]: the experts' products, no row computed for an expert that it did not choose.
 
   Args:
-    x: [M, D], rows sorted by expert. w: [E, D, F] in x's dtype. sizes: int32 [E], rows of each expert; they sum to M.
-    master: [E, D, F], never read: the gradient of the weights is its cotangent, made in its dtype (w's own is zero).
+    x: [M, D], rows sorted by expert. w: [E, D, F], used in x's dtype. sizes: int32 [E], rows of each expert; they sum
+      to M.
 
   Returns:
     [M, F] in the dtype of x.
   """
-  return _grouped(x, w, master, sizes)
-
-
-@custom_vjp
-def _grouped(x: jax.Array, w: jax.Array, master: jax.Array, sizes: jax.Array) -> jax.Array:
   if sharding.platform() == "cpu":
-    return _blocks_forward(x, w, sizes)
-  return jax.lax.ragged_dot(x, w, sizes)
-
-
-def _grouped_fwd(x: jax.Array, w: jax.Array, master: jax.Array, sizes: jax.Array) -> Any:
-  # of the master only the dtype is kept: a residual of its size would be the gathered float32 weights
-  return _grouped(x, w, master, sizes), (x, w, jnp.zeros((0,), master.dtype), sizes)
+    return _blocks_forward(x, w.used, sizes)
+  return jax.lax.ragged_dot(x, w.used, sizes)
 
 
 def _grouped_bwd(residuals: Any, dy: jax.Array) -> Any:
-  x, w, master, sizes = residuals
-  wt = w.swapaxes(1, 2)
+  x, w, sizes = residuals
+  wt, dtype = w.used.swapaxes(1, 2), jnp.dtype(w.grad_dtype)
   if sharding.platform() == "cpu":
-    dx, dw = _blocks_forward(dy, wt, sizes), _blocks_outer(x, dy, sizes, master.dtype)
+    dx, dw = _blocks_forward(dy, wt, sizes), _blocks_outer(x, dy, sizes, dtype)
   else:
     dx = jax.lax.ragged_dot(dy, wt, sizes)
     dims = jax.lax.RaggedDotDimensionNumbers(
       dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
-    dw = jax.lax.ragged_dot_general(x, dy, sizes, dims, preferred_element_type=master.dtype)
-  return dx, jnp.zeros_like(w), dw.astype(master.dtype), None
+    dw = jax.lax.ragged_dot_general(x, dy, sizes, dims, preferred_element_type=dtype)
+  return dx, w.cotangent(dw), None
 
 
-_grouped.defvjp(_grouped_fwd, _grouped_bwd)
+grouped_matmul.defvjp(lambda x, w, sizes: (grouped_matmul(x, w, sizes), (x, w.residual(), sizes)), _grouped_bwd)
 
 BLOCK_ROWS = 256  # of the CPU's blocks; the last of a group is partly wasted
 

@@ -13,7 +13,6 @@ from maxscale.models import kernels
 from maxscale.sharding import context as sharding
 
 CHUNK_LOGITS = 2**27  # float32 logits of a chunk: 512 MiB
-X_NAMES, T_NAMES = ("batch", "length", "embed"), ("batch", "length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,41 +22,36 @@ class LossSpec:
   V: int
   z_loss: float
   chunk: int
-  names: tuple[str | None, ...]
-  grad_dtype: str
 
 
 @functools.partial(kernels.custom_vjp, nondiff_argnums=(0,))
 def cross_entropy(
-  spec: LossSpec, x_btd: jax.Array, table_vd: jax.Array, targets_bt: jax.Array, scale: jax.Array
+  spec: LossSpec, x_btd: jax.Array, table: kernels.Weight, targets_bt: jax.Array, scale: jax.Array
 ) -> Any:
-  """Sums over the positions with a target (>= 0) of the loss, and of its plain part.
+  """Sums over this device's positions with a target (>= 0) of the loss, and of its plain part.
 
   The loss of a position is scale * (-log p(target) + z_loss * (log sum exp logits)**2), in float32.
 
   Args:
-    x_btd: final hidden states. table_vd: the head's table, padded. targets_bt: int32, -1 where there is none.
+    x_btd: final hidden states; their gradient is a partial sum over the devices that split the vocabulary.
+    table: the head's [V, D], padded. targets_bt: int32, -1 where there is none.
     scale: float32 scalar, 1 / (targets of the whole step): it goes in here because the gradients are made here.
 
   Returns:
     (loss, nll), float32 scalars; nll is not scaled. Only `loss` has a gradient; `nll` is for reporting.
   """
-  f = sharding.on_shards(functools.partial(_shard, spec, False), (X_NAMES, spec.names, T_NAMES, ()), ((), ()))
-  return f(x_btd, kernels.use_weight(table_vd, spec.names, x_btd.dtype), targets_bt, scale)
+  loss, nll, _, _ = _positions(spec, False, x_btd, table, targets_bt, scale)
+  return loss, nll
 
 
-def _fwd(spec: LossSpec, x_btd: jax.Array, table_vd: jax.Array, targets_bt: jax.Array, scale: jax.Array) -> Any:
-  out_names = ((), (), X_NAMES, sharding.Gradient(spec.names))
-  f = sharding.on_shards(functools.partial(_shard, spec, True), (X_NAMES, spec.names, T_NAMES, ()), out_names)
-  loss, nll, dx, dw = f(x_btd, kernels.use_weight(table_vd, spec.names, x_btd.dtype), targets_bt, scale)
-  dw = sharding.constrain(dw, spec.names, "param").astype(table_vd.dtype)
-  return (loss, nll), (dx, dw)
+def _fwd(spec: LossSpec, x_btd: jax.Array, table: kernels.Weight, targets_bt: jax.Array, scale: jax.Array) -> Any:
+  loss, nll, dx, dw = _positions(spec, True, x_btd, table, targets_bt, scale)
+  return (loss, nll), (dx, table.cotangent(dw))
 
 
 def _bwd(spec: LossSpec, residuals: Any, cotangents: Any) -> Any:
-  dx, dw = residuals
   g = cotangents[0]
-  return (dx * g).astype(dx.dtype), (dw * g).astype(dw.dtype), None, None
+  return *jax.tree.map(lambda d: (d * g).astype(d.dtype), residuals), None, None
 
 
 cross_entropy.defvjp(_fwd, _bwd)
@@ -69,38 +63,35 @@ def _chunk_size(rows: int, vocab: int, wanted: int) -> int:
   return next(c for c in range(limit, 0, -1) if rows % c == 0)
 
 
-def _shard(
-  spec: LossSpec, gradients: bool, x_btd: jax.Array, table: jax.Array, targets_bt: jax.Array, scale: jax.Array
+def _positions(
+  spec: LossSpec, gradients: bool, x_btd: jax.Array, weight: kernels.Weight, targets_bt: jax.Array, scale: jax.Array
 ) -> Any:
-  """One device's positions against its part of the vocabulary."""
-  b, t, d = x_btd.shape
+  """(loss, nll, dx, dw) of one device's positions against its part of the vocabulary; the gradients may be None."""
+  (b, t, d), table = x_btd.shape, weight.used
   size = _chunk_size(b * t, table.shape[0], spec.chunk)
   chunks = (x_btd.reshape(-1, size, d), targets_bt.reshape(-1, size))
   first = sharding.shard_index("vocab") * table.shape[0]
   zero = jnp.zeros((), jnp.float32)
-  dw = jnp.zeros(table.shape, spec.grad_dtype) if gradients else None
+  dw = jnp.zeros(table.shape, weight.grad_dtype) if gradients else None
 
   def step(carry: Any, chunk: Any) -> Any:
     loss, nll, dw = carry
-    chunk_loss, chunk_nll, dx, chunk_dw = _chunk(spec, gradients, first, scale, table, *chunk)
+    chunk_loss, chunk_nll, dx, chunk_dw = _chunk(spec, gradients, first, scale, weight, *chunk)
     dw = dw + chunk_dw if gradients else None
     return (loss + chunk_loss, nll + chunk_nll, dw), dx
 
   if chunks[0].shape[0] == 1:
-    loss, nll, dx, dw = _chunk(spec, gradients, first, scale, table, *(c[0] for c in chunks))
+    loss, nll, dx, dw = _chunk(spec, gradients, first, scale, weight, *(c[0] for c in chunks))
   else:
     (loss, nll, dw), dx = jax.lax.scan(step, (zero, zero, dw), chunks)
-  loss, nll = (sharding.psum(sharding.psum(v, "batch"), "length") for v in (loss, nll))
-  if not gradients:
-    return loss, nll
-  assert dx is not None and dw is not None
-  return loss, nll, dx.reshape(x_btd.shape), sharding.reduce_gradient(dw, spec.names)
+  return loss, nll, dx.reshape(x_btd.shape) if gradients else None, dw
 
 
 def _chunk(
-  spec: LossSpec, gradients: bool, first: Any, scale: Any, table: jax.Array, x: jax.Array, targets: jax.Array
+  spec: LossSpec, gradients: bool, first: Any, scale: Any, weight: kernels.Weight, x: jax.Array, targets: jax.Array
 ) -> Any:
-  """x: [C, D], targets: [C]; table: [V of this device, D], its first row is token `first` of the vocabulary."""
+  """x: [C, D], targets: [C]; weight: [V of this device, D], its first row is token `first` of the vocabulary."""
+  table = weight.used
   ids = first + jnp.arange(table.shape[0])
   logits = jnp.einsum("cd,vd->cv", x, table, preferred_element_type=jnp.float32)
   if sharding.parts("vocab") * table.shape[0] > spec.V:  # only a padded vocabulary pays for the mask
@@ -119,8 +110,8 @@ def _chunk(
   # Left in float32: the compiler then computes it inside both matmuls (which round it themselves, as their precision
   # says) instead of writing it out: 15% of the head's cycles on v5p.
   dlogits = (p * (1 + 2 * spec.z_loss * log_z)[:, None] - hit) * (scale * valid)[:, None]
-  dx = sharding.psum(_dot(dlogits, table, 1, 0, x.dtype), "vocab")
-  dw = _dot(dlogits, x, 0, 0, jnp.dtype(spec.grad_dtype))
+  dx = _dot(dlogits, table, 1, 0, x.dtype)
+  dw = _dot(dlogits, x, 0, 0, jnp.dtype(weight.grad_dtype))
   return loss.sum(), nll.sum(), dx, dw
 
 

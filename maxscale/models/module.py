@@ -21,7 +21,10 @@ Tree = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-  """A parameter. `shape` is padded, `logical` is what the disk and fingerprints see; dim 0 is L if `stacked`."""
+  """A parameter. `shape` is padded, `logical` is what the disk and fingerprints see.
+
+  `rows`: where dimension 0 stacks layers, the layer in each row (pipeline stages interleave them); empty elsewhere.
+  """
 
   path: str
   shape: tuple[int, ...]
@@ -29,7 +32,7 @@ class ParamSpec:
   names: tuple[str | None, ...]
   dtype: str
   std: float | None  # of the truncated normal it starts from; None: it starts as ones
-  stacked: bool
+  rows: tuple[int, ...]
 
 
 def param(
@@ -44,7 +47,7 @@ def param(
 
 @dataclasses.dataclass(frozen=True)
 class Skeleton:
-  """A module without its arrays: `merge(params)` gives it back with them."""
+  """A module without its arrays: `merge(params)` gives it back with them; with some of them, for what needs no more."""
 
   graph: Any
   abstract: nnx.State
@@ -56,18 +59,16 @@ class Skeleton:
     return nnx.merge(self.graph, state)
 
 
-def split(module: nnx.Module, dtype: str, stacks: dict[str, int]) -> Skeleton:
-  """Splits a module. `stacks`: name of a child whose parameters are stacked -> number of layers."""
+def split(module: nnx.Module, dtype: str, stacks: dict[str, tuple[int, ...]]) -> Skeleton:
+  """Splits a module. `stacks`: name of a child whose parameters are stacked -> the layer in each row."""
   graph, abstract = nnx.split(module)
   specs = {}
   for keys, variable in nnx.to_flat_state(abstract):
     path, meta = "/".join(map(str, keys)), variable.get_metadata()
-    layers = stacks.get(str(keys[0]))
-    lead, names = ((), ()) if layers is None else ((layers,), ("layers",))
+    rows = stacks.get(str(keys[0]), ())
+    lead, names = ((len(rows),), ("layers",)) if rows else ((), ())
     shape = lead + tuple(variable.get_value().shape)
-    specs[path] = ParamSpec(
-      path, shape, lead + meta["logical"], names + meta["names"], dtype, meta["std"], layers is not None
-    )
+    specs[path] = ParamSpec(path, shape, lead + meta["logical"], names + meta["names"], dtype, meta["std"], rows)
   return Skeleton(graph, abstract, specs)
 
 
@@ -106,8 +107,8 @@ def initialise(spec: ParamSpec, seed: int) -> jax.Array:
     # 0.8796 is the standard deviation of a normal truncated at two
     return (spec.std / 0.87962566 * jax.random.truncated_normal(key, -2, 2, shape, jnp.float32)).astype(dtype)
 
-  if spec.stacked:
-    value = jax.vmap(lambda layer: one(spec.logical[1:], layer))(jnp.arange(spec.logical[0]))
+  if spec.rows:
+    value = jax.vmap(lambda layer: one(spec.logical[1:], layer))(jnp.asarray(spec.rows, jnp.int32))
   else:
     value = one(spec.logical, jnp.int32(0))
   return jnp.pad(value, [(0, p - n) for p, n in zip(spec.shape, spec.logical)])

@@ -1,9 +1,12 @@
-"""The parts of a decoder layer: norm, rotary embedding, attention, gated MLP, mixture of experts, dropout."""
+"""The parts of a decoder layer: norm, rotary embedding, attention, gated MLP, mixture of experts, dropout.
+
+Blocks take and give the residual layout, [B, T of this device, D]; `sharding.gather` and `sharding.reduce` are where
+they enter and leave the region whose weights are split (sharding/context.py).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -13,12 +16,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxscale.config import Config
-from maxscale.models import kernels
+from maxscale.models import attention, experts, kernels
 from maxscale.models.module import param
 from maxscale.sharding import context as sharding
-
-RESIDUAL = ("batch", "residual_length", "embed")
-INNER = ("batch", "length", "embed")
 
 
 def _pad(n: int, multiple: int) -> int:
@@ -42,7 +42,9 @@ class Shape:
   E: int
   E_pad: int
   A: int
+  buffer: float
   tied: bool
+  context: str
   theta: float
   eps: float
   dropout: float
@@ -57,19 +59,22 @@ class Shape:
       D=m.embed, F=m.mlp, V=vocab_size, V_pad=_pad(vocab_size, m.vocab_multiple),
       N=m.heads, N_pad=m.heads // kv * kv_pad, K=kv, K_pad=kv_pad, H=config.head_dim, L=m.layers,
       E=m.experts, E_pad=_pad(m.experts, m.expert_multiple), A=m.experts_per_token,
-      tied=m.tied_embeddings, theta=m.rope_theta, eps=m.norm_eps, dropout=m.dropout,
+      buffer=config.sharding.expert_buffer, tied=m.tied_embeddings, context=config.sharding.context, theta=m.rope_theta, eps=m.norm_eps, dropout=m.dropout,
       dtype=m.compute_dtype, grad_dtype=config.optimizer.grad_reduce_dtype,
     )  # fmt: skip
 
 
 class Weights(nnx.Module):
-  """A part with parameters; `product` multiplies by one of them."""
+  """A part with parameters: `weight` makes one ready for use, `product` multiplies by it."""
 
   def __init__(self, shape: Shape):
     self.shape = shape
 
+  def weight(self, w: nnx.Param, dtype: Any) -> kernels.Weight:
+    return kernels.Weight.of(w.get_value(), w.names, dtype, self.shape.grad_dtype)
+
   def product(self, spec: str, x: jax.Array, w: nnx.Param) -> jax.Array:
-    return kernels.matmul(spec, x, w.get_value(), w.names, self.shape.grad_dtype)
+    return kernels.matmul(spec, x, self.weight(w, x.dtype))
 
 
 class RMSNorm(Weights):
@@ -112,12 +117,11 @@ class Attention(Weights):
   def __call__(self, x_btd: jax.Array, segments_bt: jax.Array, positions_bt: jax.Array, cache: Any = None) -> Any:
     """Returns [B, T, D], and the cache with this call's keys and values where one is given."""
     s = self.shape
+    x_btd = sharding.gather(x_btd, "heads")
     q = rope(self.product("btd,dnh->btnh", x_btd, self.query), positions_bt, s.theta)
     k = rope(self.product("btd,dkh->btkh", x_btd, self.key), positions_bt, s.theta)
     v = self.product("btd,dkh->btkh", x_btd, self.value)
-    q = sharding.constrain(checkpoint_name(q, "query"), ("batch", "length", "heads", "head_dim"))
-    k = sharding.constrain(checkpoint_name(k, "key"), ("batch", "length", "kv_heads", "head_dim"))
-    v = sharding.constrain(checkpoint_name(v, "value"), ("batch", "length", "kv_heads", "head_dim"))
+    q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
     k_segments, offset = segments_bt, 0
     if cache is not None:
       offset = cache["index"]
@@ -125,10 +129,12 @@ class Attention(Weights):
       v = jax.lax.dynamic_update_slice(cache["value"], v, (0, offset, 0, 0))
       k_segments = jnp.ones(k.shape[:2], jnp.int32)  # causality alone hides the places not yet written
       cache = {"key": k, "value": v, "index": offset + x_btd.shape[1]}
-    o = kernels.attention(q, k, v, segments_bt, k_segments, offset)  # names what it keeps "attention" itself
+    o = attention.attention(q, k, v, segments_bt, k_segments, offset, s.context)  # names what it keeps itself
     if s.N_pad > s.N:
-      o = o * (jnp.arange(s.N_pad) < s.N).astype(o.dtype)[:, None]
-    return checkpoint_name(self.product("btnh,nhd->btd", o, self.out), "attention_out"), cache
+      head = sharding.shard_index("heads") * o.shape[2] + jnp.arange(o.shape[2])
+      o = o * (head < s.N).astype(o.dtype)[:, None]
+    y = sharding.reduce(self.product("btnh,nhd->btd", o, self.out), "heads")
+    return checkpoint_name(y, "attention_out"), cache
 
 
 class MLP(Weights):
@@ -142,34 +148,11 @@ class MLP(Weights):
     self.down = param((s.F, s.D), ("mlp", "embed"), (2 * s.L * s.F) ** -0.5)
 
   def __call__(self, x_btd: jax.Array, valid_bt: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    names = ("batch", "length", "mlp")
-    gate = sharding.constrain(checkpoint_name(self.product("btd,df->btf", x_btd, self.gate), "gate"), names)
-    up = sharding.constrain(checkpoint_name(self.product("btd,df->btf", x_btd, self.up), "up"), names)
-    return checkpoint_name(self.product("btf,fd->btd", jax.nn.silu(gate) * up, self.down), "mlp_out"), {}
-
-
-@functools.partial(kernels.custom_vjp, nondiff_argnums=(3,))
-def _spread(x: jax.Array, order: jax.Array, inverse: jax.Array, copies: int) -> jax.Array:
-  """Row i of the result [M, ...] is row order[i] // copies of x; its transpose is `_gather`, so no scatter is needed."""
-  return x[order // copies]
-
-
-@functools.partial(kernels.custom_vjp, nondiff_argnums=(3,))
-def _gather(y: jax.Array, order: jax.Array, inverse: jax.Array, copies: int) -> jax.Array:
-  """Row t of the result is the sum of the `copies` rows of y that `_spread` made of row t."""
-  places = inverse.reshape(-1, copies)
-  rows = [y[places[:, j]] for j in range(copies)]  # k row gathers: no [tokens, k, D] array
-  return functools.reduce(jnp.add, rows)
-
-
-_spread.defvjp(
-  lambda x, order, inverse, copies: (_spread(x, order, inverse, copies), (order, inverse)),
-  lambda copies, index, dy: (_gather(dy, *index, copies), None, None),
-)
-_gather.defvjp(
-  lambda y, order, inverse, copies: (_gather(y, order, inverse, copies), (order, inverse)),
-  lambda copies, index, dx: (_spread(dx, *index, copies), None, None),
-)
+    x_btd = sharding.gather(x_btd, "mlp")
+    gate = checkpoint_name(self.product("btd,df->btf", x_btd, self.gate), "gate")
+    up = checkpoint_name(self.product("btd,df->btf", x_btd, self.up), "up")
+    y = sharding.reduce(self.product("btf,fd->btd", jax.nn.silu(gate) * up, self.down), "mlp")
+    return checkpoint_name(y, "mlp_out"), {}
 
 
 class MoE(Weights):
@@ -193,45 +176,27 @@ class MoE(Weights):
     logits = self.product("btd,de->bte", x_btd.astype(jnp.float32), self.router)
     logits = checkpoint_name(jnp.where(jnp.arange(s.E_pad) < s.E, logits, -jnp.inf), "router")
     probs = jax.nn.softmax(logits, axis=-1)
-    gates, ids = jax.lax.top_k(probs, s.A)
+    gates, own_ids = jax.lax.top_k(probs, s.A)
     gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
-    weights = [(w.get_value(), w.names) for w in (self.gate, self.up, self.down)]
-    tokens = ("batch", "length", None)
-    f = sharding.on_shards(_experts, (INNER, tokens, tokens, *(n for _, n in weights), *(n for _, n in weights)), INNER)
-    # The narrow weights carry no gradient: it is the cotangent of the master weights, whose values are never read.
-    used = [jax.lax.stop_gradient(kernels.use_weight(w, n, x_btd.dtype)) for w, n in weights]
-    masters = [w.astype(s.grad_dtype) for w, _ in weights]
-    y = f(x_btd, gates.astype(x_btd.dtype), ids, *used, *masters)
-    return checkpoint_name(y, "mlp_out"), self._losses(logits, probs, ids, valid_bt.astype(jnp.float32))
+    x_btd, gates, ids = (sharding.gather(v, "mlp") for v in (x_btd, gates.astype(x_btd.dtype), own_ids))
+    weights = [self.weight(w, x_btd.dtype) for w in (self.gate, self.up, self.down)]
+    rows, choices = x_btd.reshape(-1, s.D), (-1, s.A)
+    y, dropped = experts.experts(rows, gates.reshape(choices), ids.reshape(choices), weights, s.buffer)
+    y = checkpoint_name(sharding.reduce(y.reshape(x_btd.shape), "mlp"), "mlp_out")
+    return y, self._losses(logits, probs, own_ids, valid_bt.astype(jnp.float32)) | dropped
 
   def _losses(self, logits: jax.Array, probs: jax.Array, ids: jax.Array, valid_bt: jax.Array) -> dict[str, jax.Array]:
     s = self.shape
     chosen = jax.nn.one_hot(ids, s.E_pad).sum(2) * valid_bt[..., None]  # [B, T, E]
-    tokens = jnp.maximum(valid_bt.sum(1), 1.0)  # [B]
-    share = chosen.sum(1) / (tokens[:, None] * s.A)
-    mean = (probs * valid_bt[..., None]).sum(1) / tokens[:, None]
+    # A sequence may be on several devices: its counts are summed over them, and carry no gradient.
+    counts, tokens = sharding.psum((chosen.sum(1), valid_bt.sum(1)), "residual_length")  # [B, E], [B]
+    share = counts / (jnp.maximum(tokens, 1.0)[:, None] * s.A)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     return {
-      "balance_loss": jnp.sum(s.E * jnp.sum(share * mean, -1) * tokens),
+      "balance_loss": s.E * jnp.sum(share * (probs * valid_bt[..., None]).sum(1)),
       "router_z_loss": jnp.sum(log_z**2 * valid_bt),
       "expert_tokens": chosen.sum((0, 1))[: s.E],
     }
-
-
-def _experts(x_btd: jax.Array, gates: jax.Array, ids: jax.Array, *weights: jax.Array) -> jax.Array:
-  """The experts of one shard's tokens: sort by expert, three grouped matmuls, put back. gates, ids: [B, T, A]."""
-  gate_w, up_w, down_w, gate_m, up_m, down_m = weights
-  d, a = x_btd.shape[-1], ids.shape[-1]
-  choices = ids.reshape(-1)
-  order = jnp.argsort(choices, stable=True)
-  inverse = jnp.argsort(order)
-  sizes = jnp.bincount(choices, length=gate_w.shape[0]).astype(jnp.int32)
-  x = _spread(x_btd.reshape(-1, d), order, inverse, a)
-  gate = checkpoint_name(kernels.grouped_matmul(x, gate_w, gate_m, sizes), "gate")
-  up = checkpoint_name(kernels.grouped_matmul(x, up_w, up_m, sizes), "up")
-  y = kernels.grouped_matmul(jax.nn.silu(gate) * up, down_w, down_m, sizes)
-  y = y * _spread(gates.reshape(-1), order, inverse, 1)[:, None]
-  return sharding.psum(_gather(y, order, inverse, a), "mlp").reshape(x_btd.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from maxscale.config import ConfigError, Remat
 
 # Every name that a layer gives to an activation (`jax.ad_checkpoint.checkpoint_name`), in order of computation.
 NAMES = ("query", "key", "value", "attention", "attention_out", "router", "gate", "up", "mlp_out")
+WEIGHT = "weight"  # a parameter gathered for use: never kept, whatever the policy, or FSDP would hold every layer whole
 PRESETS: dict[str, tuple[str, ...]] = {
   "full": (),
   "attention": ("attention",),
@@ -38,12 +39,15 @@ def table(remat: Remat) -> dict[str, str] | None:
   return out
 
 
-def wrap(f: Callable, actions: dict[str, str] | None) -> Callable:
-  """f with the policy of the table; f itself where nothing is recomputed."""
+def wrap(f: Callable, actions: dict[str, str] | None, gathers: bool) -> Callable:
+  """f with the policy of the table; None keeps all activations. `gathers`: parameters are gathered for use."""
   import jax
 
+  if actions is None and not gathers:
+    return f  # every kept value passes a barrier: not where nothing is to be left out
   if actions is None:
-    return f
+    everything = jax.checkpoint_policies.save_anything_except_these_names(WEIGHT)
+    return jax.checkpoint(f, policy=everything, prevent_cse=False)
   keep = [n for n, a in actions.items() if a == "keep"]
   offload = [n for n, a in actions.items() if a == "offload"]
   policy: Any = jax.checkpoint_policies.save_and_offload_only_these_names(

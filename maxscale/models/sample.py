@@ -8,18 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from maxscale.models import decoder
-from maxscale.models.module import Skeleton, Tree
+from maxscale.models.module import Tree
+from maxscale.sharding import context
 
 
 def sample(
-  skeleton: Skeleton, params: Tree, prompt: np.ndarray, tokens: int, temperature: float, seed: int, stop: int = -1
+  program: Any, params: Tree, prompt: np.ndarray, tokens: int, temperature: float, seed: int, stop: int = -1
 ) -> np.ndarray:
-  """Continues a prompt.
+  """Continues a prompt. Every device computes the whole sequence, with parameters that it gathers a layer at a time.
 
   Args:
-    skeleton, params: the decoder.
+    program, params: a step.Program for sampling (`Program.for_sampling`), and the decoder's parameters on it.
     prompt: int [P], at least one token.
     tokens: how many to add.
     temperature: 0 takes the most likely token, 1 samples from the model's distribution.
@@ -29,21 +31,22 @@ def sample(
   Returns:
     int32 [up to `tokens`]: the new tokens, without the stop token.
   """
-  run = jax.jit(functools.partial(_sample, skeleton, tokens, temperature))
+  f = functools.partial(_sample, program.skeleton, tokens, temperature)
+  specs, whole = program.param_specs("state"), PartitionSpec()
+  run = jax.jit(context.on_mesh(f, program.mesh, program.rules, (specs, whole, whole), whole))
   out = np.asarray(run(params, jnp.asarray(prompt, jnp.int32)[None], jax.random.key(seed)))
   ends = np.flatnonzero(out == stop)
   return out[: ends[0]] if len(ends) else out
 
 
-def _sample(
-  skeleton: Skeleton, tokens: int, temperature: float, params: Tree, prompt: jax.Array, key: jax.Array
-) -> Any:
+def _sample(skeleton: Any, tokens: int, temperature: float, params: Tree, prompt: jax.Array, key: jax.Array) -> Any:
   model = skeleton.merge(params)
-  length = prompt.shape[1]
+  length, layers = prompt.shape[1], jnp.arange(model.shape.L)
 
   def forward(ids: jax.Array, first: jax.Array | int, cache: Any) -> tuple[jax.Array, Any]:
     positions = first + jnp.arange(ids.shape[1])[None]
-    x, _, cache = model(ids, jnp.ones_like(ids), positions, cache=cache)
+    batch = {"segments": jnp.ones_like(ids), "positions": positions}
+    x, _, cache = model.run_layers(model.embed(ids), layers, batch, cache=cache)
     return model.logits(x[:, -1:])[0, 0], cache
 
   def pick(logits: jax.Array, i: jax.Array) -> jax.Array:
@@ -56,6 +59,6 @@ def _sample(
     token = pick(logits, i).astype(jnp.int32)
     return forward(token[None, None], length + i, cache), token
 
-  cache = decoder.empty_cache(skeleton.merge(params).shape, 1, length + tokens)
+  cache = decoder.empty_cache(model.shape, 1, length + tokens)
   start = forward(prompt, 0, cache)
   return jax.lax.scan(step, start, jnp.arange(tokens))[1]

@@ -92,4 +92,4 @@ def _spec(path: str, leaf: Any, params: dict[str, ParamSpec]) -> ParamSpec:
   if like is not None and like.shape == leaf.shape:
     return dataclasses.replace(like, path=path, dtype=str(leaf.dtype))
   assert leaf.shape == (), f"the optimizer state {path} {leaf.shape} is like no parameter"
-  return ParamSpec(path, (), (), (), str(leaf.dtype), None, False)
+  return ParamSpec(path, (), (), (), str(leaf.dtype), None, ())

@@ -1,18 +1,30 @@
-"""The one place where a logical name becomes a constraint: models call `constrain` and know nothing of meshes."""
+"""Communication by logical name: inside the one `shard_map` of a step, models call these and know nothing of meshes.
+
+A step is manual over the whole mesh: model code works on the shards of one device and reads as if it were alone. Two
+layouts of activations exist. RESIDUAL, [batch, residual_length, embed], is where norms, routers and sums live: there
+every value, and every cotangent, is complete. Between `gather` and `reduce` lies a region whose weights are split
+(heads, mlp or vocab): there activations are [batch, length, ...], outputs and cotangents are partial sums over the
+devices that split them, and only `reduce` (forward) and the transpose of `gather` (backward) complete them. Without a
+mesh every function here does nothing, and the same code is the one-device program.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
 
-from maxscale.sharding.rules import Rules
+from maxscale.sharding.rules import TOKENS, Rules
 
 Names = Sequence[str | None]
+custom_vjp: Any = jax.custom_vjp  # its own type loses the signature behind a partial
 _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("sharding", default=None)
 
 
@@ -26,45 +38,23 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
     _active.reset(token)
 
 
-def constrain(x: jax.Array, names: Names, role: str = "compute") -> jax.Array:
-  """Shards x by the logical names of its dimensions; without a mesh, x itself."""
+def on_mesh(f: Callable, mesh: Mesh, rules: Rules, in_specs: Any, out_specs: Any) -> Callable:
+  """f run by every device on its own shards, with the functions of this module at work inside."""
+
+  def shard(*args: Any) -> Any:
+    with use(mesh, rules):
+      return f(*args)
+
+  return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+# ---- what a device is
+
+
+def mesh_axes(name: str, role: str = "compute") -> tuple[str, ...]:
+  """Mesh axes of more than one device that a logical axis is split over."""
   active = _active.get()
-  if active is None:
-    return x
-  mesh, rules = active
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.spec(names, role)))
-
-
-class Gradient(tuple):
-  """Names of a parameter's gradient as a result of `on_shards`: f returns what `reduce_gradient` makes of it."""
-
-
-def on_shards(f: Callable, in_names: Any, out_names: Any) -> Callable:
-  """f run on each device's shard (role compute) of its arguments; without a mesh, f itself.
-
-  `in_names` is a tuple with the names of each argument, `out_names` those of the result (a tuple of them for several).
-  f must reduce over the mesh axes that it sums over itself, with `psum` or `reduce_gradient`.
-  """
-  active = _active.get()
-  if active is None:
-    return f
-  mesh, rules = active
-
-  def spec(names: Names) -> PartitionSpec:
-    if isinstance(names, Gradient):
-      return PartitionSpec(*((*mesh_axes(n), *_scattered(n)) or None if n else None for n in names))
-    return rules.spec(names, "compute")
-
-  many = bool(out_names) and isinstance(out_names[0], tuple)
-  out_specs = tuple(spec(n) for n in out_names) if many else spec(out_names)
-  in_specs = tuple(spec(n) for n in in_names)
-  return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def mesh_axes(name: str) -> tuple[str, ...]:
-  """Mesh axes of more than one device that a logical axis is split over in role compute."""
-  active = _active.get()
-  return () if active is None else tuple(a for a in active[1].axes(name, "compute") if active[1].sizes[a] > 1)
+  return () if active is None else active[1].split(name, role)
 
 
 def parts(name: str) -> int:
@@ -73,45 +63,150 @@ def parts(name: str) -> int:
   return 1 if active is None else active[1].factor(name, "compute")
 
 
-def psum(x: jax.Array, name: str) -> jax.Array:
-  """Inside `on_shards`: the sum over the devices that the logical axis is split over."""
-  return jax.lax.psum(x, mesh_axes(name)) if mesh_axes(name) else x
-
-
-def reduce_gradient(x: jax.Array, names: Names) -> jax.Array:
-  """Inside `on_shards`: the sum of a parameter's gradient over the devices that hold different tokens.
-
-  Where role param splits a dimension over some of these devices, each receives only its part: a reduce-scatter, and
-  no device holds the whole. The result belongs to an output that is named `Gradient(names)`.
-  """
-  over = [*mesh_axes("batch"), *mesh_axes("length")]
-  for dim, name in enumerate(names):
-    for axis in _scattered(name) if name else ():
-      x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
-      over.remove(axis)
-  return jax.lax.psum(x, tuple(over)) if over else x
-
-
-def _scattered(name: str) -> tuple[str, ...]:
-  """Mesh axes that split the batch in role compute, and this axis of parameters in role param."""
-  active = _active.get()
-  if active is None:
-    return ()
-  tokens = (*mesh_axes("batch"), *mesh_axes("length"))
-  return tuple(a for a in active[1].axes(name, "param") if a in tokens and a not in mesh_axes(name))
-
-
-def pmax(x: jax.Array, name: str) -> jax.Array:
-  """Inside `on_shards`: the maximum over the devices that the logical axis is split over."""
-  return jax.lax.pmax(x, mesh_axes(name)) if mesh_axes(name) else x
-
-
 def shard_index(name: str) -> jax.Array | int:
-  """Inside `on_shards`: which part of the logical axis this device holds."""
-  return jax.lax.axis_index(mesh_axes(name)) if mesh_axes(name) else 0
+  """Which part of the logical axis this device holds."""
+  return lax.axis_index(mesh_axes(name)) if mesh_axes(name) else 0
 
 
 def platform() -> str:
   """Platform that the program is compiled for: the mesh's (which may not be here), or this process's."""
   active = _active.get()
   return active[0].devices.flat[0].platform if active else jax.default_backend()
+
+
+# ---- sums and maxima that have no gradient, or whose gradient the caller makes
+
+
+def psum(x: jax.Array, name: str) -> jax.Array:
+  """The sum over the devices that the logical axis is split over."""
+  return lax.psum(x, mesh_axes(name)) if mesh_axes(name) else x
+
+
+def pmax(x: jax.Array, name: str) -> jax.Array:
+  """The maximum over the devices that the logical axis is split over."""
+  return lax.pmax(x, mesh_axes(name)) if mesh_axes(name) else x
+
+
+# ---- activations
+
+
+def _sequence_axes() -> tuple[str, ...]:
+  """Mesh axes that split the residual stream's sequences but not those inside blocks."""
+  return mesh_axes("residual_length")[len(mesh_axes("length")) :]
+
+
+def _rest(name: str) -> tuple[str, ...]:
+  return tuple(a for a in mesh_axes(name) if a not in _sequence_axes())
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(1,))
+def gather(x: jax.Array, name: str) -> jax.Array:
+  """[b, residual_length, ...] -> [b, length, ...], into a region whose weights are split along `name`.
+
+  Its transpose sums the cotangents, which are partial there, and gives each device its part of the sequence.
+  """
+  axes = _sequence_axes()
+  return lax.all_gather(x, axes, axis=1, tiled=True) if axes else x
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(1,))
+def reduce(x: jax.Array, name: str) -> jax.Array:
+  """[b, length, ...], partial sums over the devices that split `name` -> [b, residual_length, ...], complete."""
+  axes, rest = _sequence_axes(), _rest(name)
+  x = lax.psum(x, rest) if rest else x
+  return lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) if axes else x
+
+
+gather.defvjp(lambda x, name: (gather(x, name), None), lambda name, _, dy: (reduce(dy, name),))
+reduce.defvjp(lambda x, name: (reduce(x, name), None), lambda name, _, dy: (gather(dy, name),))
+
+
+def own_part(x: jax.Array) -> jax.Array:
+  """[b, length, ...] that every device of the sequence axes holds whole -> its part [b, residual_length, ...]."""
+  axes = _sequence_axes()
+  if not axes:
+    return x
+  size = x.shape[1] // lax.axis_size(axes)
+  return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * size, size, 1)
+
+
+# ---- parameters and their gradients
+
+
+def gather_param(x: jax.Array, names: Names, role: str = "param", to: str = "compute") -> jax.Array:
+  """A parameter's shard of one role made whole as far as the next role wants it."""
+  for dim, axes in enumerate(_more(names, role, to)):
+    x = lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+  return x
+
+
+def scatter_gradient(x: jax.Array, names: Names, role: str = "param", to: str = "compute") -> jax.Array:
+  """The transpose of `gather_param`: a gradient summed over the devices among which the parameter is split."""
+  for dim, axes in enumerate(_more(names, role, to)):
+    x = lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True) if axes else x
+  return x
+
+
+def _more(names: Names, role: str, to: str) -> list[tuple[str, ...]]:
+  """For each dimension, the mesh axes that split it in `role` beyond those of `to`, which they begin with."""
+  return [mesh_axes(n, role)[len(mesh_axes(n, to)) :] if n else () for n in names]
+
+
+def complete_gradients(gradients: dict[str, jax.Array], names: dict[str, Names], dtype: str) -> dict[str, jax.Array]:
+  """Accumulated gradients, each in role param -> in role state, summed over all devices that hold other tokens.
+
+  Each crosses those devices once a step, after all microbatches: role param's axes were summed and scattered at each
+  use (FSDP), role state's are scattered here (ZeRO-1), the others are summed. On the way it is `dtype`.
+  """
+  out: dict[str, jax.Array] = {}
+  groups: dict[tuple[str, ...], list[str]] = {}
+  for path, x in gradients.items():
+    x = scatter_gradient(x.astype(dtype) if any(_more(names[path], "state", "param")) else x,
+                         names[path], "state", "param")  # fmt: skip
+    out[path] = x
+    groups.setdefault(unsummed(names[path]), []).append(path)
+  for axes, paths in groups.items():
+    if axes:  # one reduction of many arrays
+      out.update(zip(paths, lax.psum([out[p].astype(dtype) for p in paths], axes)))
+  return {path: x.astype(gradients[path].dtype) for path, x in out.items()}
+
+
+def unsummed(names: Names) -> tuple[str, ...]:
+  """Mesh axes over which a gradient is still to be summed once role state's axes have been scattered."""
+  done = {a for n in names if n for role in ("compute", "param", "state") for a in mesh_axes(n, role)}
+  return tuple(dict.fromkeys(a for n in TOKENS for a in mesh_axes(n) if a not in done))
+
+
+def token_sum(x: Any, residual: bool) -> Any:
+  """Partial sums over this device's tokens -> over all tokens; `residual`: they were counted in the residual layout."""
+  axes = (*mesh_axes("batch"), *mesh_axes("residual_length" if residual else "length"))
+  return lax.psum(x, axes) if axes else x
+
+
+# ---- stages
+
+
+def stages() -> int:
+  return parts("layers")
+
+
+def stage() -> jax.Array | int:
+  return shard_index("layers")
+
+
+def from_stage(x: Any, which: int) -> Any:
+  """What one stage holds, on every stage."""
+  axes = mesh_axes("layers")
+  if not axes:
+    return x
+  mine = stage() == which
+  return jax.tree.map(lambda a: lax.psum(jnp.where(mine, a, 0), axes), x)
+
+
+def to_next_stage(x: Any, step: int) -> Any:
+  """Each stage's x to the stage `step` (1 or -1) further on, around the ring."""
+  axes, n = mesh_axes("layers"), stages()
+  if not axes:
+    return x
+  pairs = [(i, (i + step) % n) for i in range(n)]
+  return jax.tree.map(lambda a: lax.ppermute(a, axes, pairs), x)

@@ -1,11 +1,15 @@
 """Rules: logical axis -> mesh axes, in three roles.
 
-  param    parameters between uses. FSDP is `embed -> fsdp` here.
-  state    master weights and optimizer moments. It is `param` with the config's `sharding.state` on top (ZeRO-1 adds
-           `data` to an axis).
+  state    master weights, optimizer moments and summed gradients: `param` with the config's `sharding.state` on top
+           (ZeRO-1 adds `data` to an axis).
+  param    parameters between uses, and gradients while they are accumulated. FSDP is `embed -> fsdp` here.
   compute  parameters in use, and activations. FSDP gathers a parameter because `embed` has no mesh axis here.
 
-An array is described by the names of its dimensions; nothing is sharded, or left replicated, by anything else.
+For a dimension of a parameter, each role's mesh axes begin with those of the role below it: going from state to param
+to compute only gathers, and the gradient's way back only reduces and scatters.
+
+An array is described by the names of its dimensions; nothing is sharded, or left replicated, by anything else. The
+same tables serve dense and mixture-of-experts models: an axis that no array has does nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +24,8 @@ ROLES = ("param", "state", "compute")
 Table = Mapping[str, tuple[str, ...]]
 
 PARAM: Table = {
-  "layers": (),
-  "vocab": ("tensor",),
+  "layers": ("pipeline",),  # a stage holds its own layers
+  "vocab": ("pipeline", "tensor"),  # every stage has its part of the embedding and of the head
   "embed": ("fsdp",),
   "mlp": ("tensor",),
   "heads": ("tensor",),
@@ -36,8 +40,10 @@ COMPUTE: Table = {
   "embed": (),
   "batch": ("data", "fsdp", "expert"),
   "length": ("context",),  # inside attention and MLPs
-  "residual_length": ("context",),  # norms and the residual stream
+  "residual_length": ("context", "tensor"),  # norms and the residual stream
 }
+TOKENS = ("batch", "length", "residual_length")
+WHOLE = ("embed", "head_dim", "norm", "scalar")  # operations need all of these dimensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,10 @@ class Rules:
 
   tables: Mapping[str, Table]
   sizes: Mapping[str, int]
+
+  def split(self, name: str, role: str) -> tuple[str, ...]:
+    """Mesh axes of more than one device that a logical axis is split over."""
+    return tuple(a for a in self.axes(name, role) if self.sizes[a] > 1)
 
   def axes(self, name: str, role: str) -> tuple[str, ...]:
     """Mesh axes of a logical axis.
@@ -62,7 +72,7 @@ class Rules:
     """PartitionSpec of an array whose dimensions have these names (None: never sharded)."""
     from jax.sharding import PartitionSpec
 
-    parts = [tuple(a for a in self.axes(n, role) if self.sizes[a] > 1) if n else () for n in names]
+    parts = [self.split(n, role) if n else () for n in names]
     return PartitionSpec(*(p[0] if len(p) == 1 else (p or None) for p in parts))
 
   def factor(self, name: str | None, role: str) -> int:
@@ -98,6 +108,7 @@ PADDING = {
   "heads": "pad with model.kv_head_multiple",
   "kv_heads": "pad with model.kv_head_multiple",
   "experts": "pad with model.expert_multiple",
+  "residual_length": "change data.length",
   "batch": "change data.batch_size or sharding.microbatches",
 }
 
@@ -106,15 +117,70 @@ def make(sharding: Sharding, sizes: Mapping[str, int]) -> Rules:
   """The default tables with the config's own rules on top, checked.
 
   Raises:
-    ConfigError: a rule names an unknown logical or mesh axis.
+    ConfigError: a rule names an unknown logical or mesh axis, or the roles do not fit together.
   """
   param = _merge("param", PARAM, sharding.param)
-  tables = {
-    "param": param,
-    "state": _merge("state", param, sharding.state),
-    "compute": _merge("compute", COMPUTE, sharding.compute),
-  }
-  return Rules(tables, sizes)
+  rules = Rules(
+    {
+      "param": param,
+      "state": _merge("state", param, sharding.state),
+      "compute": _merge("compute", COMPUTE, sharding.compute),
+    },
+    sizes,
+  )
+  _check_roles(rules)
+  return rules
+
+
+def _check_roles(rules: Rules) -> None:
+  """Refuses tables whose meaning no operation has; they would be wrong numbers without an error."""
+  for low, high in (("compute", "param"), ("param", "state")):
+    for name in PARAM:
+      a, b = rules.split(name, low), rules.split(name, high)
+      if b[: len(a)] != a:
+        raise ConfigError(
+          f"sharding.{high}.{name}={_text(b)} does not begin with sharding.{low}.{name}={_text(a)}; a parameter is "
+          f"gathered from role {high} to role {low}, never moved: list {_text(a)} first"
+        )
+  for name in WHOLE:
+    if rules.split(name, "compute"):
+      raise ConfigError(f"sharding.compute.{name}={_text(rules.split(name, 'compute'))}: operations need all of "
+                        f"{name}; split it in sharding.param or sharding.state instead")  # fmt: skip
+  tokens = {a for name in TOKENS for a in rules.split(name, "compute")}
+  for role in ("param", "state"):
+    for name in PARAM:
+      more = set(rules.split(name, role)) - set(rules.split(name, "compute")) - tokens
+      if more:
+        raise ConfigError(
+          f"sharding.{role}.{name} splits it over {_text(sorted(more))}, along which devices hold the same tokens, so "
+          f"that a gradient cannot be summed and scattered there; add it to sharding.compute.batch, or leave it out"
+        )
+  length, residual = rules.split("length", "compute"), rules.split("residual_length", "compute")
+  if residual[: len(length)] != length:
+    raise ConfigError(f"sharding.compute.residual_length={_text(residual)} does not begin with "
+                      f"sharding.compute.length={_text(length)}")  # fmt: skip
+  for name in ("heads", "kv_heads", "mlp", "vocab"):
+    missing = set(residual[len(length) :]) - set(rules.split(name, "compute"))
+    if missing:
+      raise ConfigError(
+        f"sharding.compute.residual_length splits sequences over {_text(sorted(missing))}, but {name} is not split "
+        f"over it: a block would be computed twice; give {name} that axis, or set sharding.compute.residual_length="
+        f"{_text(length)}"
+      )
+  if rules.split("heads", "compute") != rules.split("kv_heads", "compute"):
+    raise ConfigError(
+      f"sharding.compute splits heads over {_text(rules.split('heads', 'compute'))} and kv_heads over "
+      f"{_text(rules.split('kv_heads', 'compute'))}, but a query head must be where its key and value head is; give "
+      "both the same rule, and pad with model.kv_head_multiple"
+    )
+  extra = set(rules.split("experts", "compute")) - set(rules.split("batch", "compute"))
+  if extra:
+    raise ConfigError(f"sharding.compute.experts is split over {_text(sorted(extra))}, which sharding.compute.batch is "
+                      "not: its devices would send the same tokens; add it there")  # fmt: skip
+
+
+def _text(axes: Sequence[str]) -> str:
+  return repr(list(axes))
 
 
 def _merge(role: str, base: Table, own: Mapping[str, Any]) -> Table:

@@ -13,7 +13,7 @@ import numpy as np
 
 from maxscale import config as config_lib
 from maxscale.models import module
-from maxscale.sharding import context, mesh, rules
+from maxscale.sharding import mesh, rules
 from maxscale.step import Program
 
 VOCAB = 61
@@ -91,14 +91,9 @@ def logical(program, flat):
 
 
 def loss_and_gradients(program, params, batch, step=None):
-  """Loss, metrics sums, gradients by path (numpy) of `Program.loss` with the scale that a step gives it."""
+  """Loss, metrics sums, gradients by path (numpy) of a batch with the scale that a step gives it."""
   scale = np.float32(1 / max(1, (batch["targets"] >= 0).sum()))
-
-  def f(params, batch, step):
-    with context.use(program.mesh, program.rules):
-      return program.loss(params, batch, step, scale)
-
-  (loss, sums), grads = jax.jit(jax.value_and_grad(f, has_aux=True))(params, batch, step)
+  grads, loss, sums = jax.jit(program.on_mesh)(params, batch, step, scale)
   return float(loss), sums, host(grads)
 
 

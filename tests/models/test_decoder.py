@@ -61,8 +61,7 @@ def products(**options):
   """Matrix products in the gradient's program, the scan of layers counted once."""
   program = ref.program(ref.DENSE, data__batch_size=2, **options)
   params = module.map_specs(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), program.skeleton.specs)
-  f = jax.grad(lambda p: program.loss(p, BATCH, None, np.float32(1))[0])
-  return str(jax.make_jaxpr(f)(params)).count("dot_general")
+  return str(jax.make_jaxpr(program.on_mesh)(params, BATCH, None, np.float32(1))).count("dot_general")
 
 
 def test_remat_recomputes_what_its_table_says():
@@ -89,8 +88,8 @@ def test_a_chunked_loss_is_the_whole_loss(family, chunk):
 
 def test_the_gradient_of_a_loss_that_is_multiplied():
   program, params, _, _, grads = plain("dense")
-  f = jax.jit(jax.grad(lambda p: 3 * program.loss(p, BATCH, None, np.float32(1 / (BATCH["targets"] >= 0).sum()))[0]))
-  ref.assert_close(ref.host(f(params)), {p: 3 * g for p, g in grads.items()}, 1e-5)
+  again, _, _ = jax.jit(program.on_mesh)(params, BATCH, None, np.float32(3 / (BATCH["targets"] >= 0).sum()))
+  ref.assert_close(ref.host(again), {p: 3 * g for p, g in grads.items()}, 1e-5)
 
 
 def inside(spec):
@@ -208,7 +207,7 @@ def test_a_dropout_mask_is_a_function_of_row_and_position():
 def test_greedy_sampling_with_a_cache_is_the_argmax_of_the_whole_text(family):
   program, params, *_ = plain(family)
   prompt = np.array([3, 1, 4, 1, 5], np.int32)
-  new = sample.sample(program.skeleton, params, prompt, 8, 0.0, 0)
+  new = sample.sample(program.for_sampling(), params, prompt, 8, 0.0, 0)
   text = np.concatenate([prompt, new])[None]
   whole = {"tokens": text, "segments": np.ones_like(text), "positions": np.arange(text.shape[1])[None]}
   hidden, _ = ref.Reference(program.config).hidden(params, whole)

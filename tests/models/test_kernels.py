@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxscale.models import kernels, loss, parts
+from maxscale.models import attention, kernels, loss, parts
 from tests.models import reference as ref
 
 f32, bf16 = jnp.float32, jnp.bfloat16
@@ -23,14 +23,17 @@ def gradients(f, *args):
   return out, *pull(normal(*out.shape, seed=99, dtype=out.dtype))
 
 
+def weight(w, dtype=f32, grad_dtype="float32"):
+  return kernels.Weight.of(w, (None,) * w.ndim, dtype, grad_dtype)
+
+
 # ---- matmul
 
 
 @pytest.mark.parametrize("spec, w_shape", [("btd,dnh->btnh", (16, 3, 5)), ("btd,df->btf", (16, 7))])
 def test_matmul_and_its_gradients(spec, w_shape):
   x, w = normal(2, 6, 16), normal(*w_shape, seed=1)
-  names = ("embed", "heads", "head_dim")[: w.ndim]
-  actual = gradients(lambda x, w: kernels.matmul(spec, x, w, names, "float32"), x, w)
+  actual = gradients(lambda x, w: kernels.matmul(spec, x, weight(w)), x, w)
   for a, b, what in zip(actual, gradients(lambda x, w: jnp.einsum(spec, x, w), x, w), ("y", "dx", "dw")):
     ref.assert_close(a, b, 1e-6, what)
 
@@ -40,7 +43,7 @@ def test_the_weight_gradient_of_a_bfloat16_matmul_is_made_in_float32():
   exact = np.einsum("btd,btf->df", *(np.asarray(a, np.float64) for a in (x, dy)))
   errors = {}
   for dtype in ("float32", "bfloat16"):
-    y, pull = jax.vjp(functools.partial(kernels.matmul, "btd,df->btf", names=("embed", "mlp"), grad_dtype=dtype), x, w)
+    y, pull = jax.vjp(lambda x, w: kernels.matmul("btd,df->btf", x, weight(w, bf16, dtype)), x, w)  # noqa: B023
     dx, dw = pull(dy)
     assert (y.dtype, dx.dtype, dw.dtype) == (bf16, bf16, f32)
     errors[dtype] = ref.error(dw, exact)
@@ -53,7 +56,7 @@ def test_the_weight_gradient_of_a_bfloat16_matmul_is_made_in_float32():
 
 def test_lookup_and_its_gradient():
   table, tokens = normal(11, 8), np.array([[3, 3, 0], [10, 3, 7]])
-  f = lambda table: kernels.lookup(table, tokens, ("vocab", "embed"), "float32", "float32")  # noqa: E731
+  f = lambda table: kernels.lookup(weight(table), tokens)  # noqa: E731
   out, dw = gradients(f, table)
   np.testing.assert_array_equal(out, np.asarray(table)[tokens])
   expected = np.zeros((11, 8))
@@ -63,7 +66,7 @@ def test_lookup_and_its_gradient():
 
 def test_lookup_of_a_token_that_is_there_a_thousand_times_sums_in_float32():
   table, tokens = normal(3, 4), np.full((2, 2048), 1)
-  f = lambda table: kernels.lookup(table, tokens, ("vocab", "embed"), "bfloat16", "float32")  # noqa: E731
+  f = lambda table: kernels.lookup(weight(table, bf16), tokens)  # noqa: E731
   out, pull = jax.vjp(f, table)
   dy = normal(2, 2048, 4, dtype=bf16)
   (dw,) = pull(dy)
@@ -79,7 +82,7 @@ def test_lookup_of_a_token_that_is_there_a_thousand_times_sums_in_float32():
 def test_grouped_matmul_and_its_gradients(sizes):
   m, x, w = sum(sizes), normal(sum(sizes), 6), normal(4, 6, 5, seed=1)
   one_hot = jnp.eye(4)[np.repeat(np.arange(4), sizes)]
-  actual = gradients(lambda x, w: kernels.grouped_matmul(x, jax.lax.stop_gradient(w), w, jnp.int32(sizes)), x, w)
+  actual = gradients(lambda x, w: kernels.grouped_matmul(x, weight(w), jnp.int32(sizes)), x, w)
   expected = gradients(lambda x, w: jnp.einsum("me,md,edf->mf", one_hot, x, w), x, w)
   assert actual[0].shape == (m, 5)
   for a, b, what in zip(actual, expected, ("y", "dx", "dw")):
@@ -91,7 +94,7 @@ def test_grouped_matmul_of_many_blocks():
   x, w = normal(2048, 4), normal(5, 4, 3, seed=1)
   one_hot = jnp.eye(5)[np.repeat(np.arange(5), sizes)]
   actual = jax.jit(
-    functools.partial(gradients, lambda x, w: kernels.grouped_matmul(x, jax.lax.stop_gradient(w), w, jnp.int32(sizes)))
+    functools.partial(gradients, lambda x, w: kernels.grouped_matmul(x, weight(w), jnp.int32(sizes)))
   )(x, w)
   expected = gradients(lambda x, w: jnp.einsum("me,md,edf->mf", one_hot, x, w), x, w)
   for a, b, what in zip(actual, expected, ("y", "dx", "dw")):
@@ -102,7 +105,7 @@ def test_the_gradient_of_grouped_weights_has_the_dtype_of_the_master():
   x, w, sizes = normal(512, 4, dtype=bf16), normal(2, 4, 4, seed=1), jnp.int32([400, 112])
   exact = np.stack([np.asarray(x, np.float64)[s].sum(0) for s in (slice(400), slice(400, 512))])
   for dtype in (f32, bf16):
-    y, pull = jax.vjp(lambda w: kernels.grouped_matmul(x, jax.lax.stop_gradient(w).astype(bf16), w, sizes),
+    y, pull = jax.vjp(lambda w: kernels.grouped_matmul(x, weight(w, bf16), sizes),
                       w.astype(dtype))  # fmt: skip
     (dw,) = pull(jnp.ones_like(y))
     assert y.dtype == bf16 and dw.dtype == dtype
@@ -131,7 +134,7 @@ def by_documents(q, k, v, q_segments, k_segments, offset=0):
 def test_attention_and_its_gradients():
   q, k, v = inputs(2, 7, 7, 4, 2, 6)
   segments = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 3]])
-  actual = gradients(lambda *a: kernels.attention(*a, segments, segments), q, k, v)
+  actual = gradients(lambda *a: attention.attention(*a, segments, segments), q, k, v)
   expected = gradients(jax.jit(lambda *a: by_documents(*a, segments, segments)), q, k, v)
   for a, b, what in zip(actual, expected, ("o", "dq", "dk", "dv")):
     ref.assert_close(a, b, 1e-5, what)
@@ -140,9 +143,9 @@ def test_attention_and_its_gradients():
 def test_attention_with_an_offset_is_the_end_of_the_whole():
   q, k, v = inputs(1, 9, 9, 4, 1, 4)
   ones = np.ones((1, 9), np.int32)
-  whole = kernels.attention(q, k, v, ones, ones)
+  whole = attention.attention(q, k, v, ones, ones)
   for offset in (0, 3, 8):
-    part = kernels.attention(q[:, offset : offset + 1], k, v, ones[:, :1], ones, offset)
+    part = attention.attention(q[:, offset : offset + 1], k, v, ones[:, :1], ones, offset)
     ref.assert_close(part[:, 0], whole[:, offset], 1e-6, f"offset {offset}")
 
 
@@ -150,9 +153,9 @@ def test_attention_in_causal_blocks_is_attention_whole(monkeypatch):
   q, k, v = inputs(2, 128, 128, 4, 2, 8)
   segments = np.ones((2, 128), np.int32)
   segments[0, 20:90], segments[0, 90:] = 2, 0  # a document over three blocks of 32
-  f = lambda: jax.jit(functools.partial(gradients, lambda *a: kernels.attention(*a, segments, segments)))  # noqa: E731
+  f = lambda: jax.jit(functools.partial(gradients, lambda *a: attention.attention(*a, segments, segments)))  # noqa: E731
   actual = f()(q, k, v)
-  monkeypatch.setattr(kernels, "CAUSAL_BLOCKS", 1)
+  monkeypatch.setattr(attention, "CAUSAL_BLOCKS", 1)
   for a, b, what in zip(actual, f()(q, k, v), ("o", "dq", "dk", "dv")):
     ref.assert_close(a, b, 1e-5, what)
 
@@ -167,8 +170,8 @@ def test_splash_attention_is_plain_attention(monkeypatch, kv_heads, length):
   segments[0, 100:230], segments[0, 230:] = 2, 0
   segments[1, 128:] = 2
   f = lambda f, *a: gradients(lambda q, k, v: f(q, k, v, segments, segments), *a)  # noqa: E731
-  actual = jax.jit(functools.partial(f, kernels.splash_attention))(q, k, v)
-  expected = jax.jit(functools.partial(f, functools.partial(kernels.xla_attention, offset=0)))(q, k, v)
+  actual = jax.jit(functools.partial(f, attention.splash_attention))(q, k, v)
+  expected = jax.jit(functools.partial(f, functools.partial(attention.xla_attention, offset=0)))(q, k, v)
   for a, b, what in zip(actual, expected, ("o", "dq", "dk", "dv")):
     ref.assert_close(a, b, 1e-5, what)
 
@@ -179,15 +182,15 @@ def test_splash_attention_is_plain_attention(monkeypatch, kv_heads, length):
 def test_cross_entropy_against_logits_in_numpy():
   x, table = normal(2, 5, 8), normal(7, 8, seed=1)
   targets = np.array([[4, -1, 0, 2, 2], [-1, -1, 3, 4, 1]])
-  spec = loss.LossSpec(5, 0.2, 5, ("vocab", "embed"), "float32")  # 5 tokens of 7 are real
-  total, nll = loss.cross_entropy(spec, x, table, targets, jnp.float32(0.25))
+  spec = loss.LossSpec(5, 0.2, 5)  # 5 tokens of 7 are real
+  total, nll = loss.cross_entropy(spec, x, weight(table), targets, jnp.float32(0.25))
   logits = (np.asarray(x, np.float64) @ np.asarray(table, np.float64).T)[..., :5]
   log_z = np.log(np.exp(logits).sum(-1))
   valid = targets >= 0
   each = log_z - np.take_along_axis(logits, np.maximum(targets, 0)[..., None], -1)[..., 0]
   assert float(nll) == pytest.approx(each[valid].sum(), rel=1e-6)
   assert float(total) == pytest.approx(0.25 * (each + 0.2 * log_z**2)[valid].sum(), rel=1e-6)
-  f = lambda x, table: loss.cross_entropy(spec, x, table, targets, jnp.float32(0.25))[0]  # noqa: E731
+  f = lambda x, table: loss.cross_entropy(spec, x, weight(table), targets, jnp.float32(0.25))[0]  # noqa: E731
   dx, dw = jax.grad(f, (0, 1))(x, table)
   step = 1e-2
   for name, gradient, at in (("x", dx, (0, 2, 3)), ("table", dw, (4, 1)), ("table", dw, (2, 7))):
@@ -201,9 +204,9 @@ def test_cross_entropy_against_logits_in_numpy():
 
 
 def test_cross_entropy_of_large_logits_is_finite():
-  spec = loss.LossSpec(4, 1e-4, 0, ("vocab", "embed"), "float32")
+  spec = loss.LossSpec(4, 1e-4, 0)
   x, table = 1e3 * jnp.ones((1, 2, 1)), jnp.float32([[1], [-1], [0.5], [1]])
-  total, nll = loss.cross_entropy(spec, x, table, np.array([[0, 3]]), jnp.float32(1))
+  total, nll = loss.cross_entropy(spec, x, weight(table), np.array([[0, 3]]), jnp.float32(1))
   assert float(nll) == pytest.approx(2 * np.log(2), rel=1e-4) and np.isfinite(float(total))
 
 
@@ -237,16 +240,3 @@ def test_the_norm_is_computed_in_float32():
   exact = 2 * exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
   assert y.dtype == bf16
   np.testing.assert_array_equal(y, jnp.asarray(exact, f32).astype(bf16))
-
-
-def test_spread_and_gather_are_each_others_transpose():
-  ids = np.array([2, 0, 1, 1, 0, 2, 2, 1])  # two choices of each of four rows
-  order = jnp.argsort(ids, stable=True)
-  inverse = jnp.argsort(order)
-  x, y = normal(4, 3), normal(8, 3, seed=1)
-  matrix = np.zeros((8, 4))
-  matrix[np.arange(8), np.asarray(order) // 2] = 1
-  for f, m, a in ((parts._spread, matrix, x), (parts._gather, matrix.T, y)):
-    out, da = gradients(lambda a: f(a, order, inverse, 2), a)  # noqa: B023
-    ref.assert_close(out, m @ np.asarray(a), 1e-6)
-    ref.assert_close(da, m.T @ np.asarray(normal(*out.shape, seed=99)), 1e-6)

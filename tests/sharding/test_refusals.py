@@ -1,4 +1,4 @@
-"""Layouts that the rules can name and that nothing computes yet are refused, with what to change."""
+"""Layouts that the rules can name and that nothing computes are refused, with what to change."""
 
 import dataclasses
 import types
@@ -29,23 +29,47 @@ def test_the_default_rules_are_accepted():
 @pytest.mark.parametrize(
   "compute, message",
   [
-    ({"vocab": ["tensor", "fsdp"]}, "mesh axis 'fsdp' is used by both 'batch' and 'vocab'"),
-    ({"mlp": "fsdp"}, "mesh axis 'fsdp' is used by both 'batch' and 'mlp'"),
-    ({"experts": "tensor", "mlp": None}, "sharding.compute.experts splits it over tensor"),
-    ({"length": "tensor", "heads": None, "kv_heads": None, "mlp": None, "vocab": None}, "compute.length splits it"),
-    ({"embed": "tensor", "heads": None, "kv_heads": None, "mlp": None, "vocab": None}, "compute.embed splits it"),
-    ({"kv_heads": None}, "splits heads over 2 devices and kv_heads over 1"),
+    ({"vocab": ["tensor", "fsdp"]}, r"sharding.param.vocab=\['tensor'\] does not begin with"),
+    ({"experts": "tensor"}, r"sharding.param.experts=\[\] does not begin with sharding.compute.experts=\['tensor'\]"),
+    ({"length": "tensor"}, r"residual_length=\['tensor'\] .*no|mesh axis 'tensor' is used by both 'length' and 'heads'"),
+    ({"residual_length": []}, None),
+    ({"embed": "tensor"}, r"sharding.compute.embed=\['tensor'\]: operations need all of embed|does not begin"),
+    ({"kv_heads": None}, "residual_length splits sequences over .*'tensor'.*, but kv_heads is not"),
+    ({"kv_heads": None, "residual_length": []}, "sharding.param.kv_heads splits it over .*along which"),
+    ({"batch": ["data"]}, r"sharding.param.embed splits it over \['fsdp'\], along which devices hold the same tokens"),
   ],
 )
 def test_a_rule_that_nothing_computes_is_refused(compute, message):
+  if message is None:
+    return program(Sharding(compute=compute), experts=4, fsdp=2, tensor=2).check(8, 64)
   with pytest.raises(ConfigError, match=message):
     program(Sharding(compute=compute), experts=4, fsdp=2, tensor=2).check(8, 64)
 
 
-def test_role_param_is_checked_where_state_overrides_it():
+def test_roles_that_do_not_fit_together_are_refused():
   sharding = Sharding(param={"mlp": ["tensor", "fsdp"]}, state={"mlp": "tensor"})
-  with pytest.raises(ConfigError, match="in role param: mesh axis 'fsdp' is used by both"):
+  with pytest.raises(ConfigError, match=r"sharding.state.mlp=\['tensor'\] does not begin with sharding.param.mlp"):
     program(sharding, fsdp=2, tensor=2).check(8, 64)
+  with pytest.raises(ConfigError, match="in role param: mesh axis 'fsdp' is used by both"):
+    program(Sharding(param={"mlp": ["tensor", "fsdp"]}), fsdp=2, tensor=2).check(8, 64)
+
+
+@pytest.mark.parametrize(
+  "options, sizes, message",
+  [
+    ({}, {"pipeline": 4}, "model.layers=2 is not divisible by mesh.pipeline=4"),
+    ({"microbatches": 1}, {"pipeline": 2}, "sharding.microbatches=1 must be at least mesh.pipeline=2.*set it to 2"),
+    ({"repeats": 2}, {"fsdp": 2}, "sharding.repeats=2 is for a pipeline"),
+    ({}, {"expert": 8}, "mesh.expert=8 is more than model.experts=4"),
+    ({}, {"context": 3}, "64 does not divide into 6 chunks.*60 or 66"),
+    ({"context": "ulysses"}, {"context": 16}, "sharding.context=ulysses .*8 heads.*mesh.context=16.*8"),
+    ({}, {"tensor": 3}, "is not divisible by tensor=3|vocab=256"),
+    ({}, {"fsdp": 16}, r"batch=8 is not divisible by .*fsdp=16"),
+  ],
+)
+def test_sizes_that_do_not_divide_are_refused_with_what_would(options, sizes, message):
+  with pytest.raises(ConfigError, match=f"(?s){message}"):
+    program(Sharding(**options), experts=4, **sizes).check(8, 64)
 
 
 def test_slices_of_real_tpus_are_not_simulated():

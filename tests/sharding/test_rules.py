@@ -57,10 +57,10 @@ def test_a_name_without_a_rule_is_refused():
 
 
 def test_a_mesh_axis_used_twice_is_refused():
-  r = make(param={"mlp": "fsdp"}, fsdp=4, tensor=2)
+  r = make(param={"mlp": ["tensor", "fsdp"]}, fsdp=4, tensor=2)
   with refused("layers/mlp/gate", r"\(2, 64, 128\)", "role param", "mesh axis 'fsdp'", "'embed' and 'mlp'"):
     r.check("layers/mlp/gate", ("layers", "embed", "mlp"), (2, 64, 128), "param")
-  make(param={"mlp": "fsdp"}, fsdp=1).check("w", ("embed", "mlp"), (64, 128), "param")  # one device: no conflict
+  make(param={"mlp": ["tensor", "fsdp"]}, fsdp=1).check("w", ("embed", "mlp"), (64, 128), "param")  # one device: no conflict
 
 
 def test_an_indivisible_dimension_is_refused_with_its_numbers():
@@ -108,8 +108,8 @@ def test_the_audit_checks_every_role():
   info = audit.ArrayInfo("w", (12, 16), ("embed", "mlp"), 4, "state")
   with refused("embed=12", "role param"):
     audit.check([info], make(fsdp=8), 64)
-  with refused("mlp=16", "role compute"):
-    audit.check([info], make(compute={"mlp": ["tensor", "data"]}, data=3, tensor=2), 64)
+  with refused("mlp=16", "role state"):
+    audit.check([info], make(state={"mlp": ["tensor", "data"]}, data=3, tensor=2), 64)
 
 
 def test_the_table_has_each_array_its_shardings_and_the_reason_of_a_replica():

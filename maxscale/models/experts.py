@@ -1,0 +1,202 @@
+"""The experts of a mixture: tokens sorted by expert, sent to the devices that hold the experts, and put back.
+
+Legend: M tokens of this device, A choices of a token, D width, F width of an expert on this device, P devices that the
+experts are split over, E experts of all of them, E/P of one device, R rows that a device has room for.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from maxscale.models import kernels
+from maxscale.sharding import context as sharding
+
+Slices = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # the four numbers of each slice of `ragged_all_to_all`
+
+
+def experts(
+  x: jax.Array, gates: jax.Array, ids: jax.Array, weights: Sequence[kernels.Weight], factor: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The sum over a token's choices of gate * down(silu(x gate) * (x up)), by the expert of each choice.
+
+  Runs inside a shard_map over all mesh axes. Where the logical axis `experts` is split, each device receives the rows
+  that chose its experts, from all devices along it, into room for R = min(ceil(factor * M * A), P * M * A) rows. What
+  does not fit is dropped: it adds nothing to y, its gradient is zero, and it is counted. The rows that fit are the
+  first by (device of the token, expert, token). A factor of P drops nothing, whatever the router does.
+
+  Args:
+    x: [M, D], tokens of this device. gates: [M, A], float. ids: int32 [M, A], experts of each token, in [0, E).
+    weights: gate, up: [E/P, D, F]; down: [E/P, F, D], used in the dtype of x.
+    factor: R over the rows of a device when all experts are chosen equally often, at least 1.
+
+  Returns:
+    y [M, D] in the dtype of x, a partial sum over the devices along `mlp`; and
+    dropped: int32 [], how many of the M * A choices of this device's tokens did not fit.
+  """
+  choices, copies, parts = ids.reshape(-1), ids.shape[-1], sharding.parts("experts")
+  order = jnp.argsort(choices, stable=True)
+  inverse = jnp.argsort(order)
+  counts = jnp.bincount(choices, length=parts * weights[0].used.shape[0]).astype(jnp.int32)
+  if parts == 1:
+    rows, row_gates = _spread(x, order, inverse, copies), _spread(gates.reshape(-1), order, inverse, 1)
+    y = _mlp(rows, row_gates, counts, weights)
+    return _gather(y, order, inverse, copies), {"dropped": jnp.int32(0)}
+  room = min(math.ceil(factor * choices.size), parts * choices.size)
+  there, back, sizes = _routes(jax.lax.all_gather(counts, sharding.mesh_axes("experts")), room)
+  # A choice that is not sent has no place among the rows that come back; `_gather` reads zeros for it.
+  first, sent = there[:2]
+  inverse = jnp.where(inverse < (first + sent)[choices], inverse, choices.size)
+  rows, row_gates = _spread(x, order, inverse, copies), _spread(gates.reshape(-1), order, inverse, 1)
+  rows, row_gates = (_to_experts(v, there, back, choices.size, room) for v in (rows, row_gates))
+  y = _mlp(rows, row_gates, sizes, weights)
+  y = _from_experts(y, there, back, choices.size, room)
+  return _gather(y, order, inverse, copies), {"dropped": jnp.sum(counts - sent)}
+
+
+def _mlp(x: jax.Array, gates: jax.Array, sizes: jax.Array, weights: Sequence[kernels.Weight]) -> jax.Array:
+  """Rows sorted by expert [R, D] through their experts, times gates [R]; sizes: int32 [E/P], rows of each expert.
+
+  Rows past those of the experts are zeros here, and nobody reads their results. A kernel need not compute them and may
+  leave anything there, so they are cleared before they meet a weight's gradient, forward and backward.
+  """
+  gate_w, up_w, down_w = weights
+  gate = checkpoint_name(kernels.grouped_matmul(x, gate_w, sizes), "gate")
+  up = checkpoint_name(kernels.grouped_matmul(x, up_w, sizes), "up")
+  gate, up = (_first_rows(v, jnp.sum(sizes)) for v in (gate, up))
+  # The gate multiplies the hidden row: its gradient then needs no result of the third product.
+  return kernels.grouped_matmul((jax.nn.silu(gate) * up * gates[:, None]).astype(x.dtype), down_w, sizes)
+
+
+@kernels.custom_vjp
+def _first_rows(x: jax.Array, count: jax.Array) -> jax.Array:
+  """x with zeros in the rows from `count` on, whatever they hold; so is its cotangent."""
+  keep = jnp.arange(x.shape[0]) < count
+  return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+
+
+_first_rows.defvjp(lambda x, count: (_first_rows(x, count), count), lambda count, dy: (_first_rows(dy, count), None))
+
+
+# ---- to the device of the expert and back
+
+
+def _routes(counts: jax.Array, room: int) -> tuple[Slices, Slices, jax.Array]:
+  """Where the rows of each (device, expert) lie, the same numbers on all devices. counts: int32 [P, E], sorted rows.
+
+  A slice is the rows of one device for one expert. It lands beside the slices of the other devices for that expert,
+  so that the rows of a receiver are sorted by expert without a permutation of their own.
+
+  Returns:
+    The slices of this device on the way there and on the way back, and the rows of each of its experts, int32 [E/P].
+  """
+  parts, me = counts.shape[0], sharding.shard_index("experts")
+  start = _before(counts).reshape(parts, parts, -1)  # [source, receiver, expert of it]: row on the source
+  wanted = counts.reshape(start.shape).swapaxes(0, 1)  # [receiver, source, expert]
+  kept = jnp.clip(room - _before(wanted.reshape(parts, -1)).reshape(wanted.shape), 0, wanted)
+  by_expert = kept.swapaxes(1, 2)
+  place = _before(by_expert.reshape(parts, -1)).reshape(by_expert.shape).swapaxes(1, 2)  # row on the receiver
+  there = (start[me], kept[:, me], place[:, me], kept[me])
+  back = (place[me], kept[me], start[:, me], kept[:, me])
+  flat = lambda slices: tuple(v.reshape(-1) for v in slices)  # noqa: E731
+  return flat(there), flat(back), kept[me].sum(0)
+
+
+def _before(sizes: jax.Array) -> jax.Array:
+  """Exclusive sums of the rows of a matrix: where each of consecutive slices starts."""
+  return jnp.cumsum(sizes, 1) - sizes
+
+
+@functools.partial(kernels.custom_vjp, nondiff_argnums=(3, 4))
+def _to_experts(x: jax.Array, there: Slices, back: Slices, choices: int, room: int) -> jax.Array:
+  """Sorted rows of this device's choices [choices, ...] -> of this device's experts [room, ...], the rest zeros."""
+  return _first_rows(_into_empty(x, room, there), jnp.sum(there[3]))
+
+
+@functools.partial(kernels.custom_vjp, nondiff_argnums=(3, 4))
+def _from_experts(y: jax.Array, there: Slices, back: Slices, choices: int, room: int) -> jax.Array:
+  """The transpose of `_to_experts`: [room, ...] -> [choices, ...], where rows that were dropped hold anything."""
+  return _into_empty(y, choices, back)
+
+
+def _into_empty(x: jax.Array, rows: int, slices: Slices) -> jax.Array:
+  """Whoever reads the result masks what no slice wrote: to clear the buffer first costs a TPU several times as much."""
+  return ragged_all_to_all(x, jax.lax.empty((rows, *x.shape[1:]), x.dtype), *slices, sharding.mesh_axes("experts"))
+
+
+# Plain AD of the collective would be right too, but it exchanges the offsets once more and clears its buffer.
+_to_experts.defvjp(
+  lambda x, there, back, *sizes: (_to_experts(x, there, back, *sizes), (there, back)),
+  lambda choices, room, slices, dy: (_from_experts(dy, *slices, choices, room), None, None),
+)
+_from_experts.defvjp(
+  lambda y, there, back, *sizes: (_from_experts(y, there, back, *sizes), (there, back)),
+  lambda choices, room, slices, dx: (_to_experts(dx, *slices, choices, room), None, None),
+)
+
+
+def ragged_all_to_all(
+  operand: jax.Array,
+  output: jax.Array,
+  input_offsets: jax.Array,
+  send_sizes: jax.Array,
+  output_offsets: jax.Array,
+  recv_sizes: jax.Array,
+  axis: Any,
+) -> jax.Array:
+  """`jax.lax.ragged_all_to_all`, and the same from other collectives on CPU, where XLA has none.
+
+  Args:
+    operand: [N, ...]. output: [R, ...], what the result is where nothing arrives.
+    input_offsets, send_sizes, output_offsets, recv_sizes: int32 [S], S a multiple of the devices along `axis` (a name
+      or a tuple of names). Slice i of `operand` goes to device i // (S / devices), to row output_offsets[i] of its
+      result; recv_sizes[i] rows arrive from that device. Slices that arrive do not overlap.
+  """
+  if sharding.platform() != "cpu":
+    slices = (input_offsets, send_sizes, output_offsets, recv_sizes)
+    return jax.lax.ragged_all_to_all(operand, output, *slices, axis_name=axis)
+  mine = lambda v: jax.lax.all_to_all(v, axis, 0, 0, tiled=True)  # noqa: E731  of the slices that arrive
+  source, place = mine(input_offsets), mine(output_offsets)
+  row = jnp.arange(output.shape[0])
+  inside = (place <= row[:, None]) & (row[:, None] < place + recv_sizes)  # [R, S]
+  piece = jnp.argmax(inside, 1)
+  operands = jax.lax.all_gather(operand, axis)  # [devices, N, ...]
+  device = piece // (input_offsets.size // operands.shape[0])
+  rows = operands[device, source[piece] + row - place[piece]]
+  return jnp.where(inside.any(1).reshape(-1, *(1,) * (output.ndim - 1)), rows, output)
+
+
+# ---- permutations without a scatter
+
+
+@functools.partial(kernels.custom_vjp, nondiff_argnums=(3,))
+def _spread(x: jax.Array, order: jax.Array, inverse: jax.Array, copies: int) -> jax.Array:
+  """Row i of the result [M * copies, ...] is row order[i] // copies of x; its transpose is `_gather`."""
+  return x[order // copies]
+
+
+@functools.partial(kernels.custom_vjp, nondiff_argnums=(3,))
+def _gather(y: jax.Array, order: jax.Array, inverse: jax.Array, copies: int) -> jax.Array:
+  """Row t of the result is the sum of the `copies` rows of y that `_spread` made of row t.
+
+  inverse: int32 [M * copies], place of each copy; one past the end for a copy that counts as zero.
+  """
+  places = inverse.reshape(-1, copies)
+  rows = [y.at[places[:, j]].get(mode="fill", fill_value=0) for j in range(copies)]  # no [M, copies, D] array
+  return functools.reduce(jnp.add, rows)
+
+
+_spread.defvjp(
+  lambda x, order, inverse, copies: (_spread(x, order, inverse, copies), (order, inverse)),
+  lambda copies, index, dy: (_gather(dy, *index, copies), None, None),
+)
+_gather.defvjp(
+  lambda y, order, inverse, copies: (_gather(y, order, inverse, copies), (order, inverse)),
+  lambda copies, index, dx: (_spread(dx, *index, copies), None, None),
+)

@@ -1,0 +1,215 @@
+"""Cases on 8 simulated devices: attention over split sequences is attention (tests/multidevice.py runs them).
+
+`python -m tests.models.attention_cases` compiles it for four v5p chips, which need not be here, and prints what the
+test looks at, as JSON; in a process of its own, because libtpu reads its environment once.
+"""
+
+import collections
+import itertools
+import json
+import os
+import re
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from maxscale.config import ConfigError, Sharding
+from maxscale.models import attention
+from maxscale.sharding import context, rules, sequence
+from maxscale.sharding import mesh as mesh_lib
+from tests.models import reference as ref
+
+METHODS = ("ring", "gather", "ulysses")
+SEGMENTS = ("batch", "length")
+Q, K = (*SEGMENTS, "heads", "head_dim"), (*SEGMENTS, "kv_heads", "head_dim")
+
+
+class Layout:
+  """A mesh of the given sizes and the rules on it; `compute` are rules of the role compute."""
+
+  def __init__(self, devices=None, compute=None, **sizes):
+    ones = (1,) * len(mesh_lib.MESH_AXES)
+    shape = mesh_lib.MeshShape(tuple(sizes.get(a, 1) for a in mesh_lib.MESH_AXES), ones)
+    self.mesh = mesh_lib.make(shape, (devices or jax.devices())[: shape.devices])
+    self.rules = rules.make(Sharding(compute=compute or {}), shape.sizes)
+    self.parts = self.rules.factor("length", "compute")
+
+  def gradients(self, method="ring", wrap=lambda f: f, **options):
+    """A function of the shards of q, k, v, segments and do: those of o, dq, dk and dv."""
+
+    def local(q, k, v, segments, do):
+      with context.use(self.mesh, self.rules):
+        f = lambda q, k, v: attention.attention(q, k, v, segments, segments, method=method, **options)  # noqa: E731
+        out, pull = jax.vjp(wrap(f), q, k, v)
+        return out, *pull(do)
+
+    q, k, segments = (self.rules.spec(names, "compute") for names in (Q, K, SEGMENTS))
+    return jax.jit(
+      jax.shard_map(local, mesh=self.mesh, in_specs=(q, k, k, segments, q), out_specs=(q, q, k, k), check_vma=False)
+    )
+
+
+def inputs(b, t, n, kv, h, dtype=jnp.float32):
+  """q, k, v, segments, do; documents cross the borders of chunks, the first row ends with padding, one is a whole."""
+  rng = np.random.default_rng(0)
+  q, k, v, do = (jnp.asarray(rng.normal(size=(b, t, heads, h)), dtype) for heads in (n, kv, kv, n))
+  segments = np.ones((b, t), np.int32)
+  for row in range(0, b, 2):
+    segments[row] = 1 + np.searchsorted(np.sort(rng.choice(t, 5, replace=False)), np.arange(t))
+    segments[row, -t // 5 :] = 0
+  return q, k, v, segments, do
+
+
+def dense(q, k, v, segments, do):
+  """o, dq, dk, dv by the definition, with the [T, T] mask."""
+  position = np.arange(q.shape[1])
+  mask = (position[:, None] >= position) & (segments[:, :, None] == segments[:, None, :])
+
+  def f(q, k, v):
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[3])
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+  out, pull = jax.vjp(f, q, k, v)
+  return out, *pull(do)
+
+
+def compare(layout, args, methods=METHODS, tolerance=1e-5, **options):
+  expected = jax.jit(dense)(*(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in args))
+  for method in methods:
+    order = sequence.order(args[0].shape[1], layout.parts, attention.balanced(method))
+    actual = layout.gradients(method, **options)(*(x[:, order] for x in args))
+    for a, b, what in zip(actual, expected, ("o", "dq", "dk", "dv")):
+      assert a.dtype == args[0].dtype
+      ref.assert_close(a[:, np.argsort(order)], b, tolerance, f"{method} {what}")
+
+
+def primitives(jaxpr):
+  """Name of a primitive -> equations with it, at any depth."""
+  out = collections.Counter()
+  for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    out[equation.primitive.name] += 1
+    for value in itertools.chain(*(v if isinstance(v, (tuple, list)) else [v] for v in equation.params.values())):
+      if hasattr(getattr(value, "jaxpr", value), "eqns"):
+        out += primitives(value)
+  return out
+
+
+def case_two_devices():
+  compare(Layout(context=2), inputs(2, 48, 4, 2, 8))
+
+
+def case_four_devices():
+  compare(Layout(context=4), inputs(2, 48, 8, 4, 8))
+
+
+def case_beside_split_batch_and_heads():
+  compare(Layout(data=2, context=2, tensor=2), inputs(4, 48, 8, 4, 8))
+
+
+def case_a_sequence_over_two_mesh_axes():
+  axes = ("fsdp", "context")
+  layout = Layout(fsdp=2, context=4, compute={"batch": "data", "length": axes, "residual_length": axes})
+  compare(layout, inputs(2, 48, 8, 8, 8))
+
+
+def case_shares_long_enough_for_causal_blocks():
+  compare(Layout(context=2), inputs(2, 256, 2, 2, 8))
+
+
+def case_bfloat16():
+  compare(Layout(context=4), inputs(2, 64, 4, 4, 8, jnp.bfloat16), tolerance=2e-2)
+
+
+def case_kernels_of_a_tpu():
+  compare(Layout(context=2), inputs(1, 512, 4, 2, 128), backend="interpret")
+
+
+def case_kernels_of_a_tpu_on_four_devices():
+  compare(Layout(context=4), inputs(2, 1024, 1, 1, 128), ("ring", "gather"), backend="interpret")
+
+
+def case_kernels_of_a_tpu_for_many_blocks():
+  fused, attention.FUSED_BLOCKS = attention.FUSED_BLOCKS, 0
+  try:
+    compare(Layout(context=2), inputs(1, 512, 1, 1, 128), ("ring", "gather"), backend="interpret")
+  finally:
+    attention.FUSED_BLOCKS = fused
+
+
+def case_attention_that_a_policy_keeps_is_not_computed_again():
+  """Products and sends; for kernels this is seen in what the TPU compiler makes of it, below."""
+  layout, args = Layout(context=4), inputs(1, 64, 4, 4, 8)
+  wraps = {"none": lambda f: f, "keep": keep, "full": jax.checkpoint}
+  for method in METHODS:
+    count = {name: primitives(jax.make_jaxpr(layout.gradients(method, wrap))(*args)) for name, wrap in wraps.items()}
+    assert count["keep"]["dot_general"] < count["full"]["dot_general"], (method, count)
+    if method == "ring":  # its backward pass makes the weights itself, and needs nothing again
+      assert count["keep"]["dot_general"] == count["none"]["dot_general"], count
+      assert count["keep"]["ppermute"] == count["none"]["ppermute"] < count["full"]["ppermute"], count
+
+
+def case_every_device_of_a_ring_does_the_same_and_its_program_does_not_grow():
+  args = inputs(1, 64, 1, 1, 8)
+  four, eight = (primitives(jax.make_jaxpr(Layout(context=parts).gradients())(*args)) for parts in (4, 8))
+  assert four == eight
+  assert four["ppermute"] and not four["cond"], four
+
+
+def case_refusals():
+  layout = Layout(context=4)
+  q, k, v, segments, do = inputs(1, 48, 6, 6, 8)
+  for method, q, message in (("ulysses", q, "4 devices .*6 of model.heads"), ("ring", q[:, :4], "mesh.context=1")):
+    try:
+      layout.gradients(method)(q, k, v, segments, do)
+    except ConfigError as error:
+      assert re.search(message, str(error)), error
+    else:
+      raise AssertionError(f"{method} is not refused")
+
+
+# ---- what the TPU compiler makes of it
+
+T, DEVICES = 4096, 4
+
+
+def keep(f):
+  """f with a remat policy that keeps attention."""
+  return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names("attention"))
+
+
+def overlapped(program):
+  """Of the loops with sends of a scheduled program, how many have a kernel between the starts and the first end."""
+  out = []
+  for computation in re.split(r"\n(?=%|ENTRY)", program):
+    operations = re.findall(r" (collective-permute-start|collective-permute-done|custom-call)\(", computation)
+    if "ENTRY" not in computation and "collective-permute-start" in operations:
+      start, done = (operations.index(f"collective-permute-{x}") for x in ("start", "done"))
+      out.append("custom-call" in operations[start:done])
+  return out
+
+
+def main():
+  layout = Layout(topologies.get_topology_desc("v5p:2x2x1", "tpu").devices, context=DEVICES)
+  q, k = (jax.ShapeDtypeStruct((1, T, heads, 128), jnp.bfloat16) for heads in (2, 1))
+  args, out = (q, k, k, jax.ShapeDtypeStruct((1, T), jnp.int32), q), {}
+  for method in ("ring", "gather"):
+    program = layout.gradients(method, keep).lower(*args).compile().as_text()
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b\w+\[([\d,]+)\]", program)}
+    out[method] = {
+      "kernels": collections.Counter(re.findall(r"%splash_mha_([a-z]+)_\S* = .*custom-call\(", program)),
+      "sends": len(re.findall(r" collective-permute-start\(", program)),
+      "overlapped": overlapped(program),
+      "scattered": len(re.findall(r"^%all-reduce-scatter| reduce-scatter\(", program, re.M)),
+      "squares": [dims for dims in shapes if sum(d >= T // DEVICES // 2 for d in dims) > 1],
+    }
+  print(json.dumps(out))
+
+
+if __name__ == "__main__":
+  main()
