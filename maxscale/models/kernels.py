@@ -107,8 +107,8 @@ def grouped_matmul(x: jax.Array, w: Weight, sizes: jax.Array) -> jax.Array:
   """Row block e of x times w[e]: the experts' products, no row computed for an expert that it did not choose.
 
   Args:
-    x: [M, D], rows sorted by expert. w: [E, D, F], used in x's dtype. sizes: int32 [E], rows of each expert; they sum
-      to M.
+    x: [M, D], rows sorted by expert. w: [E, D, F], used in x's dtype. sizes: int32 [E], rows of each expert; their
+      sum is at most M: rows past it are zeros in x, and anything in the result.
 
   Returns:
     [M, F] in the dtype of x.

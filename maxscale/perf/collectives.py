@@ -127,7 +127,7 @@ def _of_step(program: Program, step: Step) -> Iterator[Collective]:
       yield _collective(program, step, inner, kind, inner.type, chained)
   elif i.opcode in ("send", "recv") and (found := _DCN_KIND.search(i.text)):
     # A program has both ends. The result of an all-gather is what it receives, the operand of others what they send.
-    kind = _DCN_KINDS[found.group(1)]
+    kind = _DCN_KINDS.get(found.group(1), found.group(1).lower())
     if (i.opcode == "recv") == (kind == "all-gather"):
       yield _collective(program, step, i, kind, i.type.split(", u32[]")[0], True)
 

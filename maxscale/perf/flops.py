@@ -111,7 +111,7 @@ def _equation_flops(eqn: Any, notes: list[str]) -> float:
       notes.append(f"the Pallas kernel {params['name']} has no cost estimate: counted as 0")
       return 0.0
     return float(params["cost_estimate"].flops)
-  inner = [jaxpr_flops(jaxpr, notes) for jaxpr in _inner(params.values())]
+  inner = [jaxpr_flops(jaxpr, notes) for jaxpr in inner_jaxprs(params.values())]
   if name == "scan":
     return params["length"] * sum(inner)
   if name == "cond":
@@ -128,15 +128,15 @@ def dots(jaxpr: Any, times: float = 1) -> Iterable[tuple[Any, float]]:
   for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     if eqn.primitive.name == "dot_general":
       yield eqn, times
-    for inner in _inner(eqn.params.values()):
+    for inner in inner_jaxprs(eqn.params.values()):
       yield from dots(inner, times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1))
 
 
-def _inner(values: Iterable[Any]) -> Iterable[Any]:
+def inner_jaxprs(values: Iterable[Any]) -> Iterable[Any]:
   """The jaxprs among the parameters of an equation: bare, closed, or in a tuple."""
   for value in values:
     if isinstance(value, (tuple, list)):
-      yield from _inner(value)
+      yield from inner_jaxprs(value)
     elif hasattr(getattr(value, "jaxpr", value), "eqns"):
       yield value
 

@@ -163,10 +163,10 @@ def case_every_device_of_a_ring_does_the_same_and_its_program_does_not_grow():
 
 def case_refusals():
   layout = Layout(context=4)
-  q, k, v, segments, do = inputs(1, 48, 6, 6, 8)
-  for method, q, message in (("ulysses", q, "4 devices .*6 of model.heads"), ("ring", q[:, :4], "mesh.context=1")):
+  q, *rest = inputs(1, 48, 6, 6, 8)
+  for method, queries, message in (("ulysses", 48, "4 devices .*6 of model.heads"), ("ring", 4, "mesh.context=1")):
     try:
-      layout.gradients(method)(q, k, v, segments, do)
+      layout.gradients(method)(q[:, :queries], *rest)
     except ConfigError as error:
       assert re.search(message, str(error)), error
     else:

@@ -239,7 +239,7 @@ def case_the_collective_on_cpu_is_the_documented_one():
 
     def local(*args):
       operand, output, dy, *slices = (v[0] for v in args)
-      f = lambda a, b: experts.ragged_all_to_all(a, b, *slices, axis)  # noqa: E731, B023
+      f = lambda a, b: experts.ragged_all_to_all(a, b, *slices, axis=axis)  # noqa: E731, B023
       y, pull = jax.vjp(f, operand, output)
       return jax.tree.map(lambda v: v[None], (y, *pull(dy)))
 

@@ -175,7 +175,7 @@ def test_on_a_tpu_what_a_policy_keeps_is_not_computed_again(programs):
 
 
 def test_on_a_tpu_keys_and_gradients_are_sent_while_kernels_run(programs):
-  assert programs["ring"]["sends"] == 15  # forward k, v, segments, twice; backward the same, and dk, dv three times
+  assert programs["ring"]["sends"] == 18  # forward k, v, segments, twice; backward the same, and dk, dv three times
   assert programs["ring"]["overlapped"] == [True, True]  # the loop of each pass
 
 

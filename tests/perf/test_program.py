@@ -43,7 +43,7 @@ def compiled():
     mesh = Mesh(np.asarray(devices).reshape(shape), ("data", "fsdp"))
     f = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False))
     arrays = [jax.ShapeDtypeStruct(*a, sharding=NamedSharding(mesh, s)) for a, s in zip(arrays(mesh), specs)]
-    found = collectives.collectives(program.read(f.lower(*arrays).compile(**options).as_text()))
+    found = collectives.collectives(program.read(f.lower(*arrays).compile(**options).as_text() or ""))
     return [{"kind": c.kind, "bytes": c.bytes, "dtypes": c.dtypes, "axes": collectives.mesh_axes_of(c, mesh),
              "size": c.group_size, "count": len(c.groups) or len(c.pairs), "depth": c.depth, "times": c.times,
              "how": c.asynchronous + c.sparsecore, "dcn": c.dcn, "op": c.op_name.split("/")[-1]}
@@ -336,7 +336,7 @@ def test_a_program_of_this_machine_is_read():
 
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   f = jax.shard_map(body, mesh=mesh, in_specs=jax.sharding.PartitionSpec(), out_specs=jax.sharding.PartitionSpec())
-  read = program.read(jax.jit(f).lower(jnp.zeros((4, 4))).compile().as_text())
+  read = program.read(jax.jit(f).lower(jnp.zeros((4, 4))).compile().as_text() or "")
   (loops,) = (s for s in read.steps() if s.instruction.opcode == "while")
   assert read.trips(loops.instruction, loops.computation) == 7
   for c in collectives.collectives(read):  # one device: the compiler may have dropped it
