@@ -37,8 +37,11 @@ def build(config: Config, vocab_size: int, sampling: bool = False) -> Any:
 
   devices = environment.devices(config)
   actions = remat.table(config.remat)
-  if devices[0].platform == "cpu" and actions and "offload" in actions.values():
-    raise ConfigError("remat.table offloads to host memory, which a CPU does not have apart; use keep or recompute")
+  if devices[0].platform == "cpu":
+    if actions and "offload" in actions.values():
+      raise ConfigError("remat.table offloads to host memory, which a CPU does not have apart; use keep or recompute")
+    if config.optimizer.offload:
+      raise ConfigError("optimizer.offload=True: a CPU has no host memory apart; set it to False")
   if sampling:
     devices = devices[: max(n for n in range(1, len(devices) + 1) if config.model.embed % n == 0)]
   try:
@@ -46,7 +49,7 @@ def build(config: Config, vocab_size: int, sampling: bool = False) -> Any:
   except ConfigError as e:
     small = "" if config.run.simulated_devices else "; to try the config small on this machine, add --small"
     raise ConfigError(f"{e}{small}") from None
-  program = Program(config, vocab_size, device_mesh, rules.make(config.sharding, shape.sizes))
+  program = Program(config, vocab_size, device_mesh, rules.make(config.sharding, shape.sizes, shape.slices))
   for batch, length in [] if sampling else batch_shapes(config):
     program.check(batch, length)
   return program

@@ -71,7 +71,7 @@ def quick_compile() -> None:
 def shrink(config: Config) -> Config:
   """The config with small sizes and every choice kept; what a CPU or an exact comparison cannot have is replaced."""
   m, s = config.model, config.sharding
-  kv = 3 if config.kv_heads & (config.kv_heads - 1) else min(config.kv_heads, 4)
+  kv = 3 if config.kv_heads & (config.kv_heads - 1) else min(2 * config.kv_heads, 4) if config.kv_heads > 1 else 1
   heads = kv * min(m.heads // config.kv_heads, 4)
   experts = min(m.experts, _experts(m.experts, m.experts_per_token))
   options = {
@@ -128,12 +128,12 @@ def expect(config: Config) -> Expected:
 
   from maxscale.models import module, plain
 
-  params = _parameters(config)
+  params = parameters(config)
   f = jax.jit(jax.value_and_grad(lambda p, b: plain.loss(config, p, b), has_aux=True))
   out = Expected(params, [], [], [], 1.0)
   for packed in (True, False):
     for seed in range(100):
-      batch = make_batch(seed, packed)
+      batch = make_batch(config, seed, packed)
       (loss, (nll, margin)), gradients = f(module.nest(params), batch)
       if margin > MARGIN:
         break
@@ -146,7 +146,7 @@ def expect(config: Config) -> Expected:
   return out
 
 
-def _parameters(config: Config) -> dict[str, np.ndarray]:
+def parameters(config: Config) -> dict[str, np.ndarray]:
   """Without padding, layers in their order. Norms do not start as ones here: a scale left out must show."""
   from maxscale.models import decoder, parts
 
@@ -157,21 +157,39 @@ def _parameters(config: Config) -> dict[str, np.ndarray]:
   return out
 
 
-def make_batch(seed: int, packed: bool) -> dict[str, np.ndarray]:
+def make_batch(config: Config, seed: int, packed: bool) -> dict[str, np.ndarray]:
   """Documents of random tokens. Packed: about four a row, then padding; one row is full and one has nothing at all."""
   from maxscale.data import packing
 
-  rng = np.random.default_rng(seed)
-  first, count = np.zeros((BATCH, LENGTH + 1), bool), np.full(BATCH, LENGTH + 1)
+  rng, rows, length = np.random.default_rng(seed), config.data.batch_size, config.data.length
+  first, count = np.zeros((rows, length + 1), bool), np.full(rows, length + 1)
   if packed:
-    first[:] = rng.random(first.shape) < 4 / LENGTH
-    count[2:] = rng.integers(1, LENGTH + 1, BATCH - 2)
+    first[:] = rng.random(first.shape) < 4 / length
+    count[2:] = rng.integers(1, length + 1, rows - 2)
     count[1] = 0
-  tokens = rng.integers(0, VOCAB, first.shape, dtype=np.int32)
-  return {**packing.examples(tokens, first, count), "rows": np.arange(BATCH, dtype=np.int32)}
+  tokens = rng.integers(0, config.model.vocab_size, first.shape, dtype=np.int32)
+  return {**packing.examples(tokens, first, count), "rows": np.arange(rows, dtype=np.int32)}
 
 
 # ---- the comparison
+
+
+def build(config: Config, layout: Layout) -> Any:
+  """The program of a scaled-down config under a layout, on the first devices.
+
+  Raises:
+    ConfigError: the layout is not possible.
+  """
+  import jax
+
+  from maxscale.sharding import mesh, rules
+  from maxscale.step import Program
+
+  config = layouts.apply(config, layout)
+  shape, device_mesh = mesh.for_config(config, jax.devices()[: layouts.devices(layout)])
+  program = Program(config, config.model.vocab_size, device_mesh, rules.make(config.sharding, shape.sizes))
+  program.check(config.data.batch_size, config.data.length)
+  return program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +222,7 @@ class Result:
   def __str__(self) -> str:
     name, count = layouts.name(self.layout), layouts.devices(self.layout)
     what = self.error or f"loss {self.loss:.1e}  {self.worst(1)}"
-    return f"{name:<48} {count:>2} device{'s' if count > 1 else ' '}  {what}  {self.seconds:.1f} s  {self.verdict}"
+    return f"{name:<58} {count:>2} device{'s' if count > 1 else ' '}  {what}  {self.seconds:.1f} s  {self.verdict}"
 
 
 class Check:
@@ -229,24 +247,12 @@ class Check:
     start = time.perf_counter()
     seconds = lambda: time.perf_counter() - start  # noqa: E731
     try:
-      loss, gradients = self._errors(self._program(layout))
+      loss, gradients = self._errors(build(self.config, layout))
     except ConfigError as e:
       return Result(layout, seconds(), error=str(e), refused=True)
     except Exception as e:  # one mesh that fails must not hide what the others do
       return Result(layout, seconds(), error=f"{type(e).__name__}: {str(e).strip()[:300]}")
     return Result(layout, seconds(), loss, gradients)
-
-  def _program(self, layout: Layout) -> Any:
-    import jax
-
-    from maxscale.sharding import mesh, rules
-    from maxscale.step import Program
-
-    config = layouts.apply(self.config, layout)
-    shape, device_mesh = mesh.for_config(config, jax.devices()[: layouts.devices(layout)])
-    program = Program(config, VOCAB, device_mesh, rules.make(config.sharding, shape.sizes))
-    program.check(BATCH, LENGTH)
-    return program
 
   def _errors(self, program: Any) -> tuple[float, dict[str, float]]:
     """Errors of the loss (the objective or its plain part) and of each gradient: the worst of the batches."""
@@ -255,7 +261,7 @@ class Check:
     from maxscale.models import module
 
     specs, e = program.skeleton.specs, self.expected
-    params = module.map_specs(lambda s: jax.device_put(_physical(s, e.params[s.path]), program.sharding(s)), specs)
+    params = module.map_specs(lambda s: jax.device_put(physical(s, e.params[s.path]), program.sharding(s)), specs)
     f = jax.jit(lambda params, batch, scale: program.on_mesh(params, batch, None, scale))
     loss, errors = 0.0, dict.fromkeys(specs, 0.0)
     for batch, losses, gradients in zip(e.batches, e.losses, e.gradients):
@@ -266,18 +272,19 @@ class Check:
       loss = max(loss, *(_finite(abs(a - b) / abs(b)) for a, b in pairs))
       floor = FLOOR * _norm(gradients.values())
       for path, g in module.flatten(found).items():
-        g, wanted = _logical(specs[path], np.asarray(g)), gradients[path]
+        g, wanted = logical(specs[path], np.asarray(g)), gradients[path]
         errors[path] = max(errors[path], _finite(_norm([g - wanted]) / max(_norm([wanted]), floor)))
     return loss, errors
 
 
-def _physical(spec: Any, value: np.ndarray) -> np.ndarray:
+def physical(spec: Any, value: np.ndarray) -> np.ndarray:
   """A logical parameter as a layout has it: rows in its order, padded with zeros."""
-  value = value[list(spec.rows)] if spec.rows else value
-  return np.pad(value, [(0, p - n) for p, n in zip(spec.shape, spec.logical)])
+  out = np.zeros(spec.shape, value.dtype)
+  out[tuple(slice(n) for n in spec.logical)] = value[list(spec.rows)] if spec.rows else value
+  return out
 
 
-def _logical(spec: Any, gradient: np.ndarray) -> np.ndarray:
+def logical(spec: Any, gradient: np.ndarray) -> np.ndarray:
   """The inverse, for a gradient; one that is not zero in the padding is infinitely wrong."""
   inside = gradient[tuple(slice(n) for n in spec.logical)]
   if np.count_nonzero(gradient) > np.count_nonzero(inside):

@@ -142,6 +142,7 @@ class Optimizer:
   eps: float = option(1e-8, SCHEDULE, "epsilon of the update")
   weight_decay: float = option(0.1, SCHEDULE, "decoupled weight decay of matrices (not of norms)")
   clip_norm: float = option(1.0, SCHEDULE, "global gradient norm is clipped to this; 0: never")
+  offload: bool = option(False, RUNTIME, "the optimizer's moments live in host memory between steps")
   grad_reduce_dtype: str = option(
     "float32", SCHEDULE, "dtype in which weight gradients are made and reduced", ("float32", "bfloat16")
   )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 
+WAIT = 1800.0  # seconds that processes wait for each other at the end
+
 
 def finish(run: Any, state: Any) -> None:
+  """All processes take part in what computes on the devices; process 0 does the rest, while the others wait."""
+  from maxscale import distributed
   from maxscale.goodput import events, ledger, report
   from maxscale.goodput.telemetry import line
 
@@ -16,7 +19,7 @@ def finish(run: Any, state: Any) -> None:
   if run.heldout:
     if config.run.steps % config.eval.every:
       run.evaluate(state, config.run.steps)
-    losses = _ngrams(run)
+    losses = {} if distributed.index else _ngrams(run)
     if losses:
       names = {2: "bigram", 3: "trigram"}
       line("held-out loss of count models, same text: "
@@ -24,11 +27,14 @@ def finish(run: Any, state: Any) -> None:
   if config.log.sample_tokens:
     prompt, tokens = config.log.sample_prompt, config.log.sample_tokens
     line(f"sample of {tokens} tokens:\n{sample(run.program, run.tokenizer, state['params'], prompt, tokens)}\n")
-  run.close()
-  run.log.flush()  # the report and the summary are made from the log alone
-  where = report.write_report(config.run_dir)
-  line(ledger.summary(ledger.ledger(events.read(config.run_dir))))
-  line(f"checkpoints {config.run_dir}/checkpoints\nmetrics     {config.run_dir}/metrics\nreport      {where}")
+  distributed.meet("computed", WAIT)  # no process writes events while process 0 reads them
+  if not distributed.index:
+    run.close()
+    run.log.flush()  # the report and the summary are made from the log alone
+    where = report.write_report(config.run_dir)
+    line(ledger.summary(ledger.ledger(events.read(config.run_dir))))
+    line(f"checkpoints {config.run_dir}/checkpoints\nmetrics     {config.run_dir}/metrics\nreport      {where}")
+  distributed.meet("reported", WAIT)
 
 
 def _ngrams(run: Any) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""Where a run goes on: what a resume may change, and the state that it starts from."""
+"""Where a run goes on: what a resume may change, the next attempt, and the state that it starts from."""
 
 from __future__ import annotations
 
@@ -58,6 +58,27 @@ def _history(config: Config, step: int) -> list[config_lib.Phase]:
   ]
 
 
+def attempt(config: Config) -> Any:
+  """Begins an attempt: meets the other processes, if there are any, and opens the event log of this one.
+
+  The log of process 0 comes first: it numbers the attempt, even where the others are never met.
+  """
+  from maxscale import distributed, environment
+  from maxscale.goodput.events import EventLog
+
+  index, count = environment.place()
+  log = EventLog(config.run_dir, 0, count, config.hash) if index == 0 else None
+  if log and count > 1:
+    log.enter("device_init")
+  distributed.join(lambda e: log.failed(e) if log else None)
+  if distributed.index:
+    distributed.ask("attempt", distributed.JOIN, "process 0")
+  log = log or EventLog(config.run_dir, distributed.index, distributed.count, config.hash)
+  if distributed.count > 1 and not distributed.index:
+    distributed.tell("attempt", str(log.attempt))
+  return log
+
+
 def leaves(program: Any, prefix: str = "") -> tuple:
   """The arrays of a program's state as the checkpoint describes them; only those whose path begins with `prefix`."""
   from maxscale.checkpoint.layout import Leaf
@@ -78,6 +99,7 @@ def restore_or_initialise(run: Any) -> tuple[Any, int]:
   """
   import jax
 
+  from maxscale import distributed
   from maxscale.checkpoint import commit
   from maxscale.checkpoint.restore import restore
   from maxscale.goodput.telemetry import line
@@ -90,7 +112,7 @@ def restore_or_initialise(run: Any) -> tuple[Any, int]:
   with log.state("restore"):
     start = time.perf_counter()
     found = restore(config.run_dir, leaves(program))
-    for bad in found.rejected:
+    for bad in [] if distributed.index else found.rejected:  # all processes know of the same
       log.event("checkpoint_bad", step=bad.step, array=bad.array, reason=bad.reason)
       line(f"the checkpoint of step {bad.step} is damaged and was not used: {bad.array}: {bad.reason}")
     seconds = time.perf_counter() - start

@@ -65,7 +65,9 @@ class Program:
     return [audit.ArrayInfo(p, s.shape, s.names, jnp.dtype(s.dtype).itemsize, "state") for p, s in self.specs.items()]
 
   def sharding(self, spec: ParamSpec, role: str = "state") -> NamedSharding:
-    return NamedSharding(self.mesh, self.rules.spec(spec.names, role))
+    """Where an array of the state is between steps."""
+    on_host = self.config.optimizer.offload and spec.shape and spec.path.startswith("optimizer/")
+    return NamedSharding(self.mesh, self.rules.spec(spec.names, role), memory_kind="pinned_host" if on_host else None)
 
   def param_specs(self, role: str) -> Tree:
     """PartitionSpec of every parameter in a role."""
@@ -284,16 +286,27 @@ class Program:
     clip = self.config.optimizer.clip_norm
     if clip:
       grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip / (norm + 1e-6)).astype(g.dtype), grads)
-    params, moments = self.optimizer.update(grads, state["optimizer"], state["params"], state["step"])
+    old = self._moments(state["optimizer"], "device")
+    params, moments = self.optimizer.update(grads, old, state["params"], state["step"])
     good = jnp.isfinite(total) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
     new = {
       "params": keep(params, state["params"]),
-      "optimizer": keep(moments, state["optimizer"]),
+      "optimizer": self._moments(keep(moments, old), "pinned_host"),
       "step": state["step"] + 1,
       "skipped": state["skipped"] + ~good,
     }
     return new, self._metrics(state["step"], total, sums, targets, norm, new["skipped"])
+
+  def _moments(self, moments: Tree, memory: str) -> Tree:
+    """The optimizer's arrays moved to a memory, where they live on the host."""
+    if not self.config.optimizer.offload:
+      return moments
+    specs = self.optimizer.specs
+    place = lambda s: NamedSharding(self.mesh, self.rules.spec(s.names, "state"), memory_kind=memory)  # noqa: E731
+    return module.nest({
+      path: jax.device_put(x, place(specs[path])) if x.ndim else x for path, x in module.flatten(moments).items()
+    })  # fmt: skip
 
   def _metrics(self, step: jax.Array, total: jax.Array, sums: Tree, targets: jax.Array, norm: jax.Array,
                skipped: jax.Array) -> Tree:  # fmt: skip

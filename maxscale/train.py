@@ -3,6 +3,9 @@
 Exit codes: 0 the run is complete; 2 the config is wrong (no state was touched); 75 stopped by Ctrl-C or SIGTERM, saved,
 the same command goes on; 130 a second Ctrl-C, left at once; 1 anything else.
 
+Several processes train one model when a launcher starts them (launch/). Each runs all of this file: process 0 alone prints
+and writes what a run has once, and whatever computes on the devices is done by all, in the same order.
+
 The loop keeps one order, and everything depends on it:
   1. the batch of step N is there before it is needed (made by threads while N-1 runs);
   2. step N is dispatched while N-1 runs: the devices never wait for Python;
@@ -25,9 +28,11 @@ from maxscale import config as config_lib
 from maxscale.config import Config
 from maxscale.errors import UserError
 
+PROGRAM = "python -m maxscale.train"
+
 
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m maxscale.train", description=(__doc__ or "").split("\n")[0])
+  parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--config", required=True, help="a file with get_config(), e.g. configs/tiny.py")
   parser.add_argument("--print_config", action="store_true", help="print the resolved config and its hash, and stop")
   parser.add_argument("--audit", action="store_true", help="print each array with its shardings and bytes, and stop")
@@ -44,8 +49,13 @@ def main(argv: list[str] | None = None) -> int:
 
     environment.prepare(config)
     return audit(config) if arguments.audit else run(config)
-  except UserError as e:
-    print(f"{parser.prog}: {e}", file=sys.stderr)
+  except Exception as e:
+    from maxscale import distributed
+
+    distributed.leave(PROGRAM, e)
+    if not isinstance(e, UserError):
+      raise
+    print(f"{PROGRAM}: {e}", file=sys.stderr)
     return e.exit_code
 
 
@@ -59,24 +69,26 @@ def audit(config: Config) -> int:
 
 def run(config: Config) -> int:
   """Starts or resumes the run of a config and trains to its end; returns the exit code."""
-  from maxscale import resume, storage
-  from maxscale.goodput import events, report
+  from maxscale import distributed, environment, resume, storage
+  from maxscale.goodput import report
   from maxscale.goodput.telemetry import line
   from maxscale.resilience.interrupt import Interrupt
 
   with Interrupt() as interrupt:  # from here on: a signal while compiling, too, ends in a save
     done = resume.check(config)
     if done is not None and done >= config.run.steps:
-      line(f"{config.run_dir} is complete: {done} steps are in its checkpoint. To go on, raise --config.run.steps; to "
-           f"start anew, give another --config.run.dir; to sample: python -m maxscale.generate --run {config.run_dir}")  # fmt: skip
-      if not storage.path(f"{config.run_dir}/report.html").exists():  # it was stopped after its last checkpoint
-        line(f"report {report.write_report(config.run_dir)}")
+      if environment.place()[0] <= 0:
+        line(f"{config.run_dir} is complete: {done} steps are in its checkpoint. To go on, raise --config.run.steps; to "
+             f"start anew, give another --config.run.dir; to sample: python -m maxscale.generate --run {config.run_dir}")  # fmt: skip
+        if not storage.path(f"{config.run_dir}/report.html").exists():  # it was stopped after its last checkpoint
+          line(f"report {report.write_report(config.run_dir)}")
       return 0
-    log = events.EventLog(config.run_dir, config_hash=config.hash)
+    log = resume.attempt(config)
+    interrupt.agree(lambda e: (log.failed(e), distributed.leave(PROGRAM, e)))
     try:
       code, reason = Run(config, log).train(interrupt)
     except BaseException as e:
-      log.close(e.exit_code if isinstance(e, UserError) else 1, f"{type(e).__name__}: {e}"[:1000])
+      log.failed(e)
       raise
     log.close(code, reason)
     return code
@@ -143,7 +155,7 @@ class Run:
       raise
     self.log.enter("finish")
     saver.close()
-    if interrupt.requested and step < c.run.steps:
+    if step < c.run.steps:
       line(f"stopped by {interrupt.requested} after step {step}; the checkpoint is complete, the same command goes on")
       self.close()
       return INTERRUPTED, interrupt.requested
@@ -188,10 +200,10 @@ class Run:
   def _loop(self, state: Any, start: int, saver: Any, interrupt: Any) -> tuple[Any, int]:
     """Steps from `start` (steps done) to the end or an interrupt; returns the saved state and its step."""
     from maxscale.data.feed import Feed
-    from maxscale.goodput.telemetry import Pending, Telemetry
+    from maxscale.goodput.telemetry import Pending, Telemetry, rates
 
     c, log = self.config, self.log
-    telemetry = Telemetry(log, self.writer, self._rates(), c.run.steps, c.log.every, int(state["skipped"]))
+    telemetry = Telemetry(log, self.writer, rates(c, self.program), c.run.steps, c.log.every, int(state["skipped"]))
     feed = Feed(c, self.batches, start, c.run.steps, self.program.batch_sharding)
     pending: Pending | None = None
     gc.collect()
@@ -214,14 +226,14 @@ class Run:
         previous, pending = pending, Pending(step, metrics, shape[0] * shape[1], shape[1], executed, dispatched)
         if previous:
           telemetry.complete(previous)
-        stop = bool(interrupt.requested) or step == c.run.steps
+        stop = interrupt.stops_after(step) or step == c.run.steps
         save, evaluate = stop or step % c.checkpoint.every == 0, c.eval.every and step % c.eval.every == 0
         if save or evaluate:
           telemetry.complete(pending)
           pending = None
           if save:
             self._save(saver, state, step)
-          if evaluate and not interrupt.requested:
+          if evaluate and not interrupt.stops_after(step):
             self.evaluate(state, step)
           gc.collect()
         if stop:
@@ -264,26 +276,11 @@ class Run:
         line(f"step {step}  held-out loss {loss:.4f} nats per token ({seconds:.1f} s)")
     return loss
 
-  def _rates(self) -> Any:
-    from maxscale.goodput.telemetry import Rates
-    from maxscale.perf import flops, hardware
-
-    c, devices = self.config, self.program.mesh.devices
-    device = devices.flat[0]
-    if c.log.peak_tflops:
-      peak = c.log.peak_tflops * 1e12
-    elif device.platform == "cpu":
-      peak = hardware.measured_matmul_flops(c.model.compute_dtype).flops / devices.size
-    else:
-      known = hardware.peak_flops(device, c.model.compute_dtype)
-      peak = known.flops if known else None
-    return Rates(flops.from_config(c, self.program.vocab_size), devices.size, peak)
-
   def _profile(self, step: float) -> None:
     import jax
 
     first, path = self.config.log.profile_start, f"{self.config.run_dir}/profile"
-    if first and step == first:
+    if first and step == first and self.writer:
       jax.profiler.start_trace(path)
       self._profiling = True
     elif self._profiling and step >= first + self.config.log.profile_steps:

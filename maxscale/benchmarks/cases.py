@@ -43,7 +43,7 @@ class Case:
 
   def program(self) -> Program:
     shape, device_mesh = mesh.for_config(self.config, [self.device])
-    return Program(self.config, VOCAB, device_mesh, rules.make(self.config.sharding, shape.sizes))
+    return Program(self.config, VOCAB, device_mesh, rules.make(self.config.sharding, shape.sizes, shape.slices))
 
   @property
   def tokens(self) -> int:

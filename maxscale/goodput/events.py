@@ -185,6 +185,10 @@ class EventLog:
       self.closed = True
       self._writer.close()
 
+  def failed(self, error: BaseException) -> None:
+    """Closes the log of a process that ends with an error."""
+    self.close(getattr(error, "exit_code", 1), f"{type(error).__name__}: {error}"[:1000])
+
 
 def read(run_dir: str) -> list[dict]:
   """All events of a run, by attempt, process and seq; of a log that is still open, those that were flushed.

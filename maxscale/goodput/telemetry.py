@@ -6,13 +6,16 @@ import dataclasses
 import math
 import sys
 import time
+from typing import Any
 
 import jax
 
+from maxscale import distributed
+from maxscale.config import Config
 from maxscale.goodput.events import EventLog
 from maxscale.goodput.ledger import duration
 from maxscale.goodput.metrics import MetricsWriter
-from maxscale.perf import flops
+from maxscale.perf import flops, hardware
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,20 @@ class Rates:
       "mfu_full_mask": flops.mfu_full_mask(self.model, length, rate, peak),
       "hfu": executed / seconds / peak,
     }
+
+
+def rates(config: Config, program: Any) -> Rates:
+  """The rates of a config's steps on the devices of its program. On a CPU, process 0 measures what stands for a peak."""
+  devices = program.mesh.devices
+  device, peak = devices.flat[0], None
+  if config.log.peak_tflops:
+    peak = config.log.peak_tflops * 1e12
+  elif device.platform != "cpu":
+    known = hardware.peak_flops(device, config.model.compute_dtype)
+    peak = known.flops if known else None
+  elif not distributed.index:
+    peak = hardware.measured_matmul_flops(config.model.compute_dtype).flops / devices.size
+  return Rates(flops.from_config(config, program.vocab_size), devices.size, peak)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +112,9 @@ class Telemetry:
 
 
 def line(text: str, live: bool = False) -> None:
-  """Prints a line; on a terminal a live one is replaced by the next."""
+  """Prints a line, in process 0; on a terminal a live one is replaced by the next."""
+  if distributed.index:
+    return
   if sys.stdout.isatty():
     print(f"\r\x1b[2K{text}", end="" if live else "\n", flush=True)
   else:

@@ -11,7 +11,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+from jax.interpreters import partial_eval
+
 from maxscale.perf.flops import inner_jaxprs
+from maxscale.sharding.rules import Rules
 
 KINDS = {
   "all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "psum": "all-reduce", "psum_invariant": "all-reduce",
@@ -31,7 +35,7 @@ class Transfer:
     bytes: of a device and an execution: the full result of an all-gather, the operand of every other.
     times: executions in a step; a branch of a conditional counts as taken.
     depth: loops around it.
-    gradient: it is on the way back.
+    dcn: it goes from slice to slice.
   """
 
   kind: str
@@ -40,15 +44,20 @@ class Transfer:
   bytes: int
   times: int
   depth: int
-  where: str
+  dcn: bool = False
 
   @property
   def total(self) -> int:
     return self.bytes * self.times
 
 
-def transfers(jaxpr: Any, times: int = 1, depth: int = 0) -> Iterator[Transfer]:
-  """Every collective of a jaxpr (of `jitted.trace(...).jaxpr`), in the order of the program."""
+def transfers(traced: jax.stages.Traced) -> list[Transfer]:
+  """Every collective of a traced program whose result is used, in the order of the program."""
+  jaxpr = traced.jaxpr.jaxpr
+  return list(_walk(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]))
+
+
+def _walk(jaxpr: Any, times: int = 1, depth: int = 0) -> Iterator[Transfer]:
   for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     name, params = eqn.primitive.name, eqn.params
     if name in KINDS:
@@ -56,18 +65,42 @@ def transfers(jaxpr: Any, times: int = 1, depth: int = 0) -> Iterator[Transfer]:
       axes = axes if isinstance(axes, tuple) else (axes,)
       for var in eqn.outvars if name == "all_gather" else eqn.invars[: 1 if name == "ragged_all_to_all" else None]:
         size = math.prod(var.aval.shape) * var.aval.dtype.itemsize
-        where = str(eqn.source_info.name_stack)
-        yield Transfer(KINDS[name], axes, str(var.aval.dtype), size, times, depth, where)
+        groups = params.get("axis_index_groups")
+        dcn = groups is not None and groups[0][1] != groups[0][0] + 1  # context.py groups by slice, or across them
+        yield Transfer(KINDS[name], axes, str(var.aval.dtype), size, times, depth, dcn)
     loop = name in ("scan", "while")
     for inner in inner_jaxprs(params.values()):
-      yield from transfers(inner, times * params["length"] if name == "scan" else times, depth + loop)
+      yield from _walk(inner, times * params["length"] if name == "scan" else times, depth + loop)
+
+
+def by_slices(found: list[Transfer], rules: Rules) -> list[Transfer]:
+  """The transfers as the TPU compiler carries them out on several slices: each inside a slice, or from slice to slice.
+
+  A sum over an axis of both kinds is scattered inside, summed across, and gathered inside; a gather goes across first.
+  """
+  out = []
+  for t in found:
+    across = math.prod(rules.slices.get(a, 1) for a in t.axes)
+    inside = math.prod(rules.sizes[a] for a in t.axes) // across
+    grouped = t.dcn or (across > 1 and t.kind == "reduce-scatter")
+    if across == 1 or grouped:
+      out.append(dataclasses.replace(t, dcn=t.dcn or inside == 1 and across > 1))
+    elif inside == 1:
+      out.append(dataclasses.replace(t, dcn=True))
+    elif t.kind == "all-reduce":
+      out.append(dataclasses.replace(t, kind="reduce-scatter"))
+      out.append(dataclasses.replace(t, bytes=t.bytes // inside, dcn=True))
+      out.append(dataclasses.replace(t, kind="all-gather"))
+    else:
+      out += [dataclasses.replace(t, bytes=t.bytes // inside, dcn=True), t]
+  return out
 
 
 def table(found: list[Transfer]) -> str:
   """A line for each kind, axes, dtype and depth: executions and MiB of a device in a step, largest first."""
   rows: dict[tuple, list[Transfer]] = {}
   for t in found:
-    rows.setdefault((t.kind, "*".join(t.axes), t.dtype, t.depth), []).append(t)
+    rows.setdefault((t.kind + (" (DCN)" if t.dcn else ""), "*".join(t.axes), t.dtype, t.depth), []).append(t)
   lines = [("collective", "mesh axes", "dtype", "loops", "times a step", "MiB a step and device")]
   for (kind, axes, dtype, depth), ts in sorted(rows.items(), key=lambda row: -sum(t.total for t in row[1])):
     lines.append((kind, axes, dtype, str(depth), str(sum(t.times for t in ts)),

@@ -23,6 +23,11 @@ class MeshShape:
     return {axis: i * d for axis, i, d in zip(MESH_AXES, self.ici, self.dcn)}
 
   @property
+  def slices(self) -> dict[str, int]:
+    """Mesh axis -> slices along it, for the axes that go from slice to slice."""
+    return {axis: d for axis, d in zip(MESH_AXES, self.dcn) if d > 1}
+
+  @property
   def devices(self) -> int:
     return math.prod(self.ici) * math.prod(self.dcn)
 

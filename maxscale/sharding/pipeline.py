@@ -192,7 +192,7 @@ class _Run:
         return self.pieces.head(self.outer, x, part), None, None
       loss, pull, sums = jax.vjp(lambda o, x: self.pieces.head(o, x, part), self.outer, x, has_aux=True)
       douter, dx = pull(jnp.ones_like(loss))
-      return (loss, sums), douter, dx
+      return (loss, sums), self._as_it_is(douter), dx
 
     nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run))  # noqa: E731
     # between two phases of backward ticks every unit that leaves chunk v - 1 is there: no condition where v is 1
@@ -224,7 +224,7 @@ class _Run:
 
     def embedding() -> Tree:
       pull = jax.vjp(lambda o: self.pieces.embed(o, self._part(last)), self.outer)[1]
-      return jax.tree.map(jnp.add, carry["outer"], pull(sharding.from_stage(dx, 0))[0])
+      return jax.tree.map(jnp.add, carry["outer"], self._as_it_is(pull(sharding.from_stage(dx, 0))[0]))
 
     carry["outer"] = self._when(there, embedding, carry["outer"], always=False)
 
@@ -272,6 +272,11 @@ class _Run:
       return jax.lax.dynamic_update_slice_in_dim(a, jax.lax.dynamic_slice_in_dim(a, at, len(b), 0) + b, at, 0)
 
     return jax.tree.map(add, sums, more)
+
+  def _as_it_is(self, gradients: Tree) -> Tree:
+    """Gradients that a loop is to add up in their scattered form: XLA would move the reduction behind the loop, whose
+    sums would then be whole float32 tables."""
+    return gradients if self.schedule.ticks == 1 else jax.lax.optimization_barrier(gradients)
 
   def _valid(self, unit: Any) -> Any:
     return (unit >= 0) & (unit < self.schedule.units)

@@ -48,10 +48,17 @@ WHOLE = ("embed", "head_dim", "norm", "scalar")  # operations need all of these 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """The tables of the three roles on a mesh of the given sizes (mesh axis -> devices)."""
+  """The tables of the three roles on a mesh.
+
+  Attributes:
+    tables: role -> logical axis -> mesh axes.
+    sizes: mesh axis -> devices along it.
+    slices: mesh axis -> slices along it (its DCN factor), where that is more than one.
+  """
 
   tables: Mapping[str, Table]
   sizes: Mapping[str, int]
+  slices: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def split(self, name: str, role: str) -> tuple[str, ...]:
     """Mesh axes of more than one device that a logical axis is split over."""
@@ -113,8 +120,8 @@ PADDING = {
 }
 
 
-def make(sharding: Sharding, sizes: Mapping[str, int]) -> Rules:
-  """The default tables with the config's own rules on top, checked.
+def make(sharding: Sharding, sizes: Mapping[str, int], slices: Mapping[str, int] | None = None) -> Rules:
+  """The default tables with the config's own rules on top, checked; `sizes` and `slices` as in `Rules`.
 
   Raises:
     ConfigError: a rule names an unknown logical or mesh axis, or the roles do not fit together.
@@ -127,6 +134,7 @@ def make(sharding: Sharding, sizes: Mapping[str, int]) -> Rules:
       "compute": _merge("compute", COMPUTE, sharding.compute),
     },
     sizes,
+    slices or {},
   )
   _check_roles(rules)
   return rules

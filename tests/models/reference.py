@@ -48,7 +48,7 @@ def program(options, devices=1, vocab=VOCAB, **more):
   """The program of a config on the first devices."""
   c = config(options, **more)
   shape, device_mesh = mesh.for_config(c, jax.devices()[:devices])
-  out = Program(c, vocab, device_mesh, rules.make(c.sharding, shape.sizes))
+  out = Program(c, vocab, device_mesh, rules.make(c.sharding, shape.sizes, shape.slices))
   out.check(c.data.batch_size, c.data.length)
   return out
 

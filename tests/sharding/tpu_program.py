@@ -32,7 +32,7 @@ ARRAY = re.compile(r"\b(f32|bf16)\[([\d,]+)\]")
 def compiled_text(**options):
   c = ref.config(SMALL, **options)
   shape, device_mesh = mesh.for_config(c, topologies.get_topology_desc("v5e:2x2", "tpu").devices)
-  program = Program(c, VOCAB, device_mesh, rules.make(c.sharding, shape.sizes))
+  program = Program(c, VOCAB, device_mesh, rules.make(c.sharding, shape.sizes, shape.slices))
   program.check(BATCH, LENGTH)
   return program.train().lower(program.abstract_state(), program.abstract_batch(BATCH, LENGTH)).compile().as_text()
 

@@ -1,0 +1,155 @@
+"""Cases of `maxscale.check` on 8 simulated devices (tests/multidevice.py runs them): planted faults, each in a process
+that is right without it, and what the command then says.
+"""
+
+import contextlib
+import functools
+import io
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from maxscale import check, environment
+from maxscale import config as config_lib
+from maxscale.models import attention
+from maxscale.sharding import context, layouts, pipeline
+from maxscale.step import Program
+
+check.quick_compile()
+
+
+@functools.cache
+def right(family):
+  """The check of the program as it is, of configs/tiny.py or tiny_moe.py."""
+  return check.Check(check.shrink(config_lib.load(f"configs/{family}.py")))
+
+
+def caught(target, name, fault, family, mesh, smallest):
+  """With `fault(real)` in the place of target.name a mesh that was equal differs, and the report names its cause."""
+  clean = right(family)
+  layout = layouts.fitted(clean.config, layouts.parse(mesh))
+  assert clean.compare(layout).equal, clean.compare(layout)
+  with mock.patch.object(target, name, fault(getattr(target, name))):
+    faulty = check.Check(clean.config, clean.expected)
+    assert faulty.compare(layout).verdict == "DIFFERENT", faulty.compare(layout)
+    result = faulty.smallest(layout)
+  assert layouts.name(result.layout) == smallest, check.report(result)
+  assert not result.error, result.error  # it ran: what differs are its numbers
+  return result
+
+
+def case_the_output_of_a_block_is_not_summed():
+  unsplit = "sharding.compute.residual_length=context"
+  caught(context, "_rest", lambda real: lambda name: (), "tiny", f"tensor=2,{unsplit}", f"tensor=2,{unsplit}")
+
+
+def case_gradients_are_not_summed_over_data():
+  less = lambda real: lambda names: tuple(a for a in real(names) if a != "data")  # noqa: E731
+  result = caught(context, "unsummed", less, "tiny", "data=2,fsdp=2,tensor=2", "data=2")
+  assert result.loss < check.LOSS and max(result.gradients.values()) > 0.1
+
+
+def case_gradients_are_summed_over_devices_that_hold_parts_of_them():
+  more = lambda real: lambda names: tuple({*real(names), *context.mesh_axes("mlp")})  # noqa: E731
+  caught(context, "unsummed", more, "tiny", "data=2,fsdp=2,tensor=2", "tensor=2")
+
+
+def case_gradients_of_norms_miss_the_tokens_of_other_parts_of_a_sequence():
+  result = caught(context, "TOKENS", lambda real: ("batch",), "tiny", "context=2", "context=2")
+  assert "layers/mlp_norm/scale" in result.worst(4)
+
+
+def case_the_loss_is_a_mean_over_the_targets_of_a_device():
+  def fault(real):
+    def pieces(self, step, scale):
+      def head(outer, x, part):
+        targets = part["targets"]
+        count = jnp.maximum(jnp.sum(targets >= 0), 1) * (check.BATCH / len(targets))  # as if all had as many
+        return real(self, step, 1 / count).head(outer, x, part)
+
+      return pipeline.Pieces(real(self, step, scale).embed, real(self, step, scale).stage, head)
+
+    return pieces
+
+  result = caught(Program, "_pieces", fault, "tiny", "data=2,tensor=2", "data=2")
+  assert result.loss > check.LOSS
+
+
+def case_attention_ignores_segments():
+  def fault(real):
+    return lambda q, k, q_segments, k_segments, offset: real(q, k, q_segments > 0, k_segments > 0, offset)
+
+  caught(attention, "_logits", fault, "tiny", "tensor=2", "one device")
+
+
+def case_a_microbatch_is_dropped():
+  fault = lambda real: property(lambda self: real.fget(self) - (self.microbatches > 1))  # noqa: E731
+  caught(pipeline.Schedule, "ticks", fault, "tiny", "data=2,sharding.microbatches=2", "sharding.microbatches=2")
+
+
+def case_the_layers_of_a_circular_pipeline_are_in_the_wrong_rows():
+  fault = lambda real: lambda self, layers: tuple(range(layers))  # noqa: E731
+  circular = "pipeline=2,sharding.repeats=2,sharding.microbatches=2"
+  caught(pipeline.Schedule, "rows", fault, "tiny", circular, circular)
+
+
+def case_the_gradient_of_the_gates_is_not_summed():
+  chosen = right("tiny_moe").config.model.experts_per_token
+
+  def fault(real):
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def gates(x, name):
+      return real(x, name)
+
+    gates.defvjp(lambda x, name: (real(x, name), None), lambda name, _, dy: (context.own_part(dy),))
+    are_gates = lambda x: x.shape[-1] == chosen and jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+    return lambda x, name: (gates if are_gates(x) else real)(x, name)
+
+  result = caught(context, "gather", fault, "tiny_moe", "tensor=2", "tensor=2")
+  assert result.worst(1).startswith("layers/mlp/router")
+
+
+def case_the_balance_loss_counts_a_part_of_a_sequence():
+  fault = lambda real: lambda x, name: x if name == "residual_length" else real(x, name)  # noqa: E731
+  caught(context, "psum", fault, "tiny_moe", "context=2", "context=2")
+
+
+# ---- what the command says
+
+
+def command(*arguments):
+  """(exit code, output) in this process, whose devices are there already."""
+  output = io.StringIO()
+  with mock.patch.object(environment, "prepare"), contextlib.redirect_stdout(output):
+    code = check.main(["--config", "configs/tiny.py", "--config.run.compile_cache=", *arguments])
+  return code, output.getvalue()
+
+
+def case_the_command_names_what_differs():
+  real = context.unsummed
+  with mock.patch.object(context, "unsummed", lambda names: tuple(a for a in real(names) if a != "data")):
+    code, output = command("--mesh", "fsdp=2,tensor=2,data=2", "--mesh=tensor=2")
+  assert code == 1
+  title, first, smallest, whole, second, last = output.splitlines()
+  assert "dense" in title and first.endswith("DIFFERENT") and "8 devices" in first
+  assert smallest.startswith("  smallest part that differs: data=2: loss "), smallest
+  assert whole.startswith("  the mesh itself: fsdp=2,tensor=2,data=2: loss ")
+  assert second.endswith("equal") and last.endswith("1 equal, 1 DIFFERENT")
+
+
+def case_a_mesh_that_raises_hides_no_other():
+  def fault(x, step):
+    raise TypeError("planted")
+
+  with mock.patch.object(context, "to_next_stage", fault):
+    code, output = command("--mesh=data=2,pipeline=2")
+  assert code == 1 and "TypeError: planted" in output and "differs: one device: TypeError" in output
+
+
+def case_a_refused_mesh_is_not_equal():
+  code, output = command("--mesh", "fsdp=3", "--mesh=fsdp=2")
+  assert code == 1
+  refused, equal, last = output.splitlines()[1:]
+  assert "embed=32 is not divisible by fsdp=3" in refused and refused.endswith("refused")
+  assert equal.endswith("equal") and last.endswith("1 equal, 1 refused")
