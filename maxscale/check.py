@@ -315,7 +315,10 @@ def run(config: Config, wanted: Sequence[Layout], title: str) -> int:
     print(result, flush=True)
     verdicts.append(result.verdict)
     if result.verdict == "DIFFERENT":
-      print(f"  smallest part that differs: {report(check.smallest(layout))}\n  the mesh itself: {report(result)}", flush=True)
+      print(
+        f"  smallest part that differs: {report(check.smallest(layout))}\n  the mesh itself: {report(result)}",
+        flush=True,
+      )
   counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("equal", "DIFFERENT", "refused") if v in verdicts)
   print(f"{len(verdicts)} meshes in {time.perf_counter() - start:.0f} s: {counts}")
   return int(verdicts.count("equal") < len(verdicts))

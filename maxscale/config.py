@@ -181,7 +181,9 @@ class Sharding:
     "ring", RUNTIME, "attention over split sequences: K and V go around, are gathered, or heads are exchanged",
     ("ring", "gather", "ulysses"),
   )  # fmt: skip
-  expert_buffer: float = option(2.0, RUNTIME, "rows that a device's experts can receive, as a multiple of the balanced load")
+  expert_buffer: float = option(
+    2.0, RUNTIME, "rows that a device's experts can receive, as a multiple of the balanced load"
+  )
   replicated_limit: float = option(64.0, RUNTIME, "MiB that an array may hold replicated without being an error")
 
 

@@ -125,7 +125,9 @@ class Program:
       )
     if m < p or (v > 1 and m % p):
       need = f"at least mesh.pipeline={p}" + (" and a multiple of it where sharding.repeats > 1" if v > 1 else "")
-      raise ConfigError(f"sharding.microbatches={m} must be {need}, so that every stage has work; set it to {-(-m // p) * p}")
+      raise ConfigError(
+        f"sharding.microbatches={m} must be {need}, so that every stage has work; set it to {-(-m // p) * p}"
+      )
 
   # ---- the programs
 

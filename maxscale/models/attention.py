@@ -200,7 +200,7 @@ def _gather(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_s
 def _in_natural_order(x: jax.Array, axes: Sequence[str]) -> jax.Array:
   """All places of a share [b, t] or [b, k, t, h] in the balanced order; its gradient is summed over the devices.
 
-  They are gathered on a new first dimension: a TPU's gradient is then reduced and scattered at once.
+  They are gathered on a new first dimension, as its gradient is one that a TPU can reduce and scatter at once.
   """
   low, high = jnp.split(jax.lax.all_gather(x, axes), 2, axis=-1 if x.ndim == 2 else -2)
   return jnp.concatenate([*low, *high[::-1]], axis=min(2, x.ndim - 1))

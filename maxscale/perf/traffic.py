@@ -82,9 +82,8 @@ def by_slices(found: list[Transfer], rules: Rules) -> list[Transfer]:
   for t in found:
     across = math.prod(rules.slices.get(a, 1) for a in t.axes)
     inside = math.prod(rules.sizes[a] for a in t.axes) // across
-    grouped = t.dcn or (across > 1 and t.kind == "reduce-scatter")
-    if across == 1 or grouped:
-      out.append(dataclasses.replace(t, dcn=t.dcn or inside == 1 and across > 1))
+    if across == 1 or t.dcn or (t.kind == "reduce-scatter" and inside > 1):  # context.py has parted the last already
+      out.append(t)
     elif inside == 1:
       out.append(dataclasses.replace(t, dcn=True))
     elif t.kind == "all-reduce":

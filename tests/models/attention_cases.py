@@ -184,13 +184,14 @@ def keep(f):
 
 
 def overlapped(program):
-  """Of the loops with sends of a scheduled program, how many have a kernel between the starts and the first end."""
+  """Whether each loop with sends of a scheduled program has a kernel between the first start and the first end."""
   out = []
   for computation in re.split(r"\n(?=%|ENTRY)", program):
-    operations = re.findall(r" (collective-permute-start|collective-permute-done|custom-call)\(", computation)
-    if "ENTRY" not in computation and "collective-permute-start" in operations:
-      start, done = (operations.index(f"collective-permute-{x}") for x in ("start", "done"))
-      out.append("custom-call" in operations[start:done])
+    found = re.findall(r"collective-permute-(?:start|done)(?=\()|splash_mha(?=\S* = )", computation)
+    if not computation.startswith("ENTRY") and "collective-permute-start" in found:
+      out.append(
+        "splash_mha" in found[found.index("collective-permute-start") : found.index("collective-permute-done")]
+      )
   return out
 
 

@@ -93,9 +93,9 @@ def test_grouped_matmul_of_many_blocks():
   sizes = [700, 3, 0, 1025, 320]  # blocks of 256 rows: whole ones, parts, none
   x, w = normal(2048, 4), normal(5, 4, 3, seed=1)
   one_hot = jnp.eye(5)[np.repeat(np.arange(5), sizes)]
-  actual = jax.jit(
-    functools.partial(gradients, lambda x, w: kernels.grouped_matmul(x, weight(w), jnp.int32(sizes)))
-  )(x, w)
+  actual = jax.jit(functools.partial(gradients, lambda x, w: kernels.grouped_matmul(x, weight(w), jnp.int32(sizes))))(
+    x, w
+  )
   expected = gradients(lambda x, w: jnp.einsum("me,md,edf->mf", one_hot, x, w), x, w)
   for a, b, what in zip(actual, expected, ("y", "dx", "dw")):
     ref.assert_close(a, b, 1e-5, what)

@@ -31,7 +31,10 @@ def test_the_default_rules_are_accepted():
   [
     ({"vocab": ["tensor", "fsdp"]}, r"sharding.param.vocab=\['tensor'\] does not begin with"),
     ({"experts": "tensor"}, r"sharding.param.experts=\[\] does not begin with sharding.compute.experts=\['tensor'\]"),
-    ({"length": "tensor"}, r"residual_length=\['tensor'\] .*no|mesh axis 'tensor' is used by both 'length' and 'heads'"),
+    (
+      {"length": "tensor"},
+      r"residual_length=\['tensor'\] .*no|mesh axis 'tensor' is used by both 'length' and 'heads'",
+    ),
     ({"residual_length": []}, None),
     ({"embed": "tensor"}, r"sharding.compute.embed=\['tensor'\]: operations need all of embed|does not begin"),
     ({"kv_heads": None}, "residual_length splits sequences over .*'tensor'.*, but kv_heads is not"),

@@ -60,7 +60,8 @@ def test_a_mesh_axis_used_twice_is_refused():
   r = make(param={"mlp": ["tensor", "fsdp"]}, fsdp=4, tensor=2)
   with refused("layers/mlp/gate", r"\(2, 64, 128\)", "role param", "mesh axis 'fsdp'", "'embed' and 'mlp'"):
     r.check("layers/mlp/gate", ("layers", "embed", "mlp"), (2, 64, 128), "param")
-  make(param={"mlp": ["tensor", "fsdp"]}, fsdp=1).check("w", ("embed", "mlp"), (64, 128), "param")  # one device: no conflict
+  one_device = make(param={"mlp": ["tensor", "fsdp"]}, fsdp=1)
+  one_device.check("w", ("embed", "mlp"), (64, 128), "param")  # no conflict
 
 
 def test_an_indivisible_dimension_is_refused_with_its_numbers():

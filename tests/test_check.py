@@ -1,0 +1,208 @@
+"""`python -m maxscale.check`: the plain math it compares with, the copy it makes of a config, its meshes, its verdicts."""
+
+import dataclasses
+import itertools
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from maxscale import check
+from maxscale import config as config_lib
+from maxscale.config import MESH_AXES, ConfigError
+from maxscale.models import module, plain
+from maxscale.sharding import layouts, mesh, rules
+from maxscale.step import Program
+from tests import multidevice
+from tests.models import reference as ref
+
+CASES = "tests.check_cases"
+results = multidevice.fixture(CASES)
+
+
+@pytest.mark.parametrize("name", multidevice.names(CASES))
+def test_case(results, name):
+  multidevice.check(results, name)
+
+
+# ---- plain math
+
+
+@pytest.mark.parametrize("family", ref.FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_math_is_the_reference(family, tied):
+  config = ref.config(ref.FAMILIES[family], model__tied_embeddings=tied, model__rope_theta=100.0)
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=8, length=32))
+  small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=ref.VOCAB))
+  params = {path: value for path, value in check.parameters(small).items() if path != "head" or not tied}
+  for batch in (ref.batch(4, 16), ref.batch(4, 16, seed=1, full=True)):
+    f = jax.jit(jax.value_and_grad(lambda p, b: plain.loss(config, p, b), has_aux=True))
+    (loss, (nll, margin)), gradients = f(module.nest(params), batch)
+    expected, expected_nll, expected_gradients = ref.reference(config, params, batch)
+    assert abs(loss - expected) < 1e-5 * expected and abs(nll - expected_nll) < 1e-5 * expected_nll
+    ref.assert_close(ref.host(gradients), expected_gradients, 2e-5)
+    assert (0 < margin < 0.1) if family == "moe" else margin == 1
+
+
+def test_the_margin_is_that_of_the_least_clear_choice_of_a_real_token():
+  config = ref.config(ref.MOE, model__layers=1)
+  params = check.parameters(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=ref.VOCAB)))
+  params["layers/mlp/router"] *= 0  # no expert is better than another
+  batch = ref.batch(2, 16)
+  margin = lambda batch: float(plain.loss(config, module.nest(params), batch)[1][1])  # noqa: E731
+  assert margin(batch) == 0
+  assert margin({**batch, "segments": batch["segments"] * 0}) == 1  # padding chooses, but it does not count
+
+
+# ---- the copy
+
+CONFIGS = {
+  "three key heads": {"model.embed": 3072, "model.heads": 24, "model.kv_heads": 3, "model.head_dim": 128},
+  "one key head": {"model.heads": 8, "model.kv_heads": 1},
+  "odd vocabulary, tied": {"model.vocab_size": 50257, "model.tied_embeddings": True, "loss.chunk": 4096},
+  "all heads are key heads": {"model.embed": 768, "model.heads": 12, "model.layers": 12, "model.dropout": 0.1},
+  "60 experts, 4 a token": {"model.experts": 60, "model.experts_per_token": 4, "sharding.context": "gather"},
+  "256 experts, 8 a token": {"model.experts": 256, "model.experts_per_token": 8, "model.layers": 61},
+  "2 experts, 1 a token": {"model.experts": 2, "model.experts_per_token": 1},
+  "choices": {
+    "model.heads": 32, "model.kv_heads": 8, "loss.z_loss": 0.5, "remat.policy": "projections",
+    "remat.table": {"gate": "offload"}, "sharding.context": "ulysses", "sharding.microbatches": 64,
+    "sharding.compute": {"residual_length": ["context"]}, "data.phases": ({"start": 9, "batch_size": 64},),
+    "data.batch_size": 64, "data.length": 8192, "optimizer.grad_reduce_dtype": "bfloat16", "mesh.slices": 4,
+    "mesh.pipeline": 8, "mesh.dcn.data": -1, "sharding.repeats": 4,
+  },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_copy_is_small_and_its_meshes_are_possible(name):
+  config = ref.config(CONFIGS[name])
+  small = check.shrink(config)
+  assert (small.model.embed, small.model.layers, small.data.length, small.model.compute_dtype) == (32, 4, 64, "float32")
+  assert small.model.heads <= 16 and small.model.dropout == 0 and not small.data.phases
+  assert bool(small.model.experts) == bool(config.model.experts)
+  assert small.model.experts_per_token == config.model.experts_per_token
+  for path in (
+    "model.tied_embeddings",
+    "loss",
+    "remat.policy",
+    "sharding.compute",
+    "sharding.context",
+    "model.norm_eps",
+  ):
+    group, _, option = path.partition(".")
+    a, b = (getattr(getattr(c, group), option) if option else getattr(c, group) for c in (small, config))
+    assert a == b or path == "loss" and dataclasses.replace(a, chunk=b.chunk) == b, path
+  for layout in layouts.every(config, small):
+    assert layouts.devices(layout) in (1, 2, 4, 8, 16)
+    possible(small, layout)
+
+
+def possible(small, layout):
+  """Raises where the framework refuses the layout; needs no devices."""
+  config = layouts.apply(small, layout)
+  shape = mesh.resolve(config.mesh, layouts.devices(layout), max(1, config.mesh.slices))
+  program = Program(config, check.VOCAB, None, rules.make(config.sharding, shape.sizes))
+  program.check(check.BATCH, check.LENGTH)
+
+
+def test_a_copy_keeps_ratios_where_it_can():
+  heads = {name: check.shrink(ref.config(options)).model for name, options in CONFIGS.items()}
+  assert {name: (m.heads, m.kv_heads) for name, m in heads.items()} == {
+    "three key heads": (12, 3), "one key head": (4, 1), "odd vocabulary, tied": (4, 4),
+    "all heads are key heads": (3, 3), "60 experts, 4 a token": (4, 4), "256 experts, 8 a token": (4, 4),
+    "2 experts, 1 a token": (4, 4), "choices": (16, 4),
+  }  # fmt: skip
+  experts = {name: (m.experts, m.experts_per_token) for name, m in heads.items() if m.experts}
+  assert list(experts.values()) == [(6, 4), (16, 8), (2, 1)]
+
+
+def test_what_is_offloaded_is_kept_and_said():
+  config = ref.config(CONFIGS["choices"])
+  small = check.shrink(config)
+  assert small.remat.table == {"gate": "keep"} and "offloaded is kept" in check.say(config, small)
+  assert "offload" not in check.say(small, small)
+
+
+# ---- the meshes
+
+
+def test_four_axes_at_a_time_are_every_three_axes():
+  covered = {three for axes in layouts.FOUR_AXES for three in itertools.combinations(sorted(axes.split()), 3)}
+  assert covered == set(itertools.combinations(sorted(MESH_AXES), 3))
+
+
+@pytest.mark.parametrize(
+  "text",
+  ["one device", "data=2,fsdp=4", "slices=2,dcn.pipeline=2,fsdp=4", "sharding.state.embed=fsdp+data,context=2",
+   "fsdp=2,sharding.context=gather,model.kv_head_multiple=8"],
+)  # fmt: skip
+def test_a_layout_is_written_as_it_is_read(text):
+  assert layouts.name(layouts.parse("" if text == "one device" else text)) == text
+
+
+@pytest.mark.parametrize("text", ["data", "dta=2", "data=2;fsdp=2", "model.embed=64", "sharding.bogus=1"])
+def test_what_is_no_layout_is_refused(text):
+  with pytest.raises(ConfigError, match="is not axis=size"):
+    layouts.parse(text)
+
+
+@pytest.mark.parametrize(
+  ("options", "own"),
+  [
+    ({}, "fsdp=2"),
+    ({"run.simulated_devices": 8, "mesh.tensor": 2}, "fsdp=4,tensor=2"),
+    ({"mesh.fsdp": 16}, "fsdp=16"),
+    ({"mesh.fsdp": 256, "mesh.tensor": 8}, "fsdp=2,tensor=2"),
+    ({"mesh.fsdp": 3}, "fsdp=2"),
+    ({"mesh.slices": 4, "mesh.fsdp": 64}, "fsdp=2,dcn.data=2,slices=2"),
+    ({"mesh.dcn.pipeline": 2, "mesh.fsdp": 4, "sharding.repeats": 3}, "fsdp=4,dcn.pipeline=2,slices=2,sharding.repeats=2"),
+  ],
+)  # fmt: skip
+def test_the_own_mesh_of_a_config_is_shrunk_where_it_must_be(options, own):
+  assert layouts.name(layouts.own(ref.config(options))) == own
+
+
+# ---- the command
+
+
+def command(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "maxscale.check", *arguments], cwd=multidevice.ROOT, capture_output=True, text=True
+  )
+
+
+def test_the_command_says_that_a_mesh_is_equal():
+  done = command("--config", "configs/tiny.py", "--mesh", "data=2,tensor=2", "--config.model.kv_heads=1")
+  assert done.returncode == 0, done.stderr
+  title, line, last = done.stdout.splitlines()
+  assert "dense, 4 layers, 32 wide, 4 heads on 1" in title
+  assert re.fullmatch(r"data=2,tensor=2 +4 devices  loss \S+e-0\d  \S+/\w+ \S+e-0\d  [\d.]+ s  equal", line)
+  assert re.fullmatch(r"1 meshes in \d+ s: 1 equal", last)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--config.model.heads=3"], "model.embed=256 is not divisible by model.heads=3"),
+    (["--mesh", "dta=2"], "'dta=2' is not axis=size"),
+    (["--mesh", "data=32"], "needs 32 devices; 16 are simulated"),
+    (["--meshes", "data=2"], "unknown argument '--meshes'"),
+  ],
+)
+def test_a_wrong_config_is_one_message(capsys, arguments, message):
+  assert check.main(["--config", "configs/tiny.py", *arguments]) == 2
+  out, err = capsys.readouterr()
+  assert not out and message in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["tiny", "tiny_moe"])
+def test_every_mesh_is_equal(config):
+  done = command("--config", f"configs/{config}.py", "--config.run.compile_cache=")
+  assert done.returncode == 0, done.stdout + done.stderr
+  *lines, last = done.stdout.splitlines()
+  assert re.fullmatch(r"(\d+) meshes in \d+ s: \1 equal", last)
+  assert sum("16 devices" in line for line in lines) == (6 if config == "tiny_moe" else 2)
