@@ -89,11 +89,11 @@ def shrink(config: Config) -> Config:
 
 
 def _experts(count: int, chosen: int) -> int:
-  """Experts of the copy: enough for a choice and for 8 devices, a power of two only if `count` is one."""
+  """Experts of the copy: enough to choose from and for 8 devices, a power of two only if `count` is one."""
   size = 8
   while size < 2 * chosen:
     size *= 2
-  return size - 2 if count & (count - 1) else size
+  return size + 2 if count & (count - 1) else size
 
 
 def say(config: Config, small: Config) -> str:
@@ -150,8 +150,8 @@ def parameters(config: Config) -> dict[str, np.ndarray]:
   """Without padding, layers in their order. Norms do not start as ones here: a scale left out must show."""
   from maxscale.models import decoder, parts
 
-  shape, rng, out = parts.Shape.of(config, VOCAB), np.random.default_rng(0), {}
-  for path, spec in decoder.skeleton(shape, tuple(range(LAYERS))).specs.items():
+  shape, rng, out = parts.Shape.of(config, config.model.vocab_size), np.random.default_rng(0), {}
+  for path, spec in decoder.skeleton(shape, tuple(range(shape.L))).specs.items():
     mean, std = (1, 0.1) if spec.std is None else (0, spec.std)
     out[path] = (mean + std * rng.standard_normal(spec.logical)).astype(np.float32)
   return out

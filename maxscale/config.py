@@ -35,7 +35,9 @@ REMAT_ACTIONS = ("keep", "recompute", "offload")
 # `--small`: a copy of any config that a laptop trains, to see that it runs; later overrides win.
 SMALL = {
   "run.simulated_devices": "8", "run.steps": "20", "mesh.data": "1", "mesh.fsdp": "-1", "mesh.tensor": "2",
-  "mesh.slices": "0", "mesh.dcn.data": "-1", "mesh.dcn.fsdp": "1", "mesh.dcn.tensor": "1", "model.layers": "2",
+  "mesh.expert": "1", "mesh.context": "1", "mesh.pipeline": "1", "mesh.slices": "0", "mesh.dcn.data": "-1",
+  "mesh.dcn.fsdp": "1", "mesh.dcn.expert": "1", "mesh.dcn.context": "1", "mesh.dcn.tensor": "1",
+  "mesh.dcn.pipeline": "1", "sharding.repeats": "1", "optimizer.offload": "False", "model.layers": "2",
   "model.embed": "128", "model.heads": "4", "model.kv_heads": "2", "model.head_dim": "32", "model.mlp": "256",
   "model.vocab_size": "0", "model.compute_dtype": "float32", "data.batch_size": "16", "data.length": "128",
   "data.phases": "()", "data.tokenizer": "bytes", "data.mixture": "{}", "sharding.microbatches": "1",

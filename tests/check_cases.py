@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from maxscale import check, environment
 from maxscale import config as config_lib
-from maxscale.models import attention
+from maxscale.models import attention, module, plain
 from maxscale.sharding import context, layouts, pipeline
 from maxscale.step import Program
+from tests.models import reference as ref
 
 check.quick_compile()
 
@@ -113,6 +114,33 @@ def case_the_gradient_of_the_gates_is_not_summed():
 def case_the_balance_loss_counts_a_part_of_a_sequence():
   fault = lambda real: lambda x, name: x if name == "residual_length" else real(x, name)  # noqa: E731
   caught(context, "psum", fault, "tiny_moe", "context=2", "context=2")
+
+
+# ---- what it compares with
+
+
+def plain_and_reference(family, tied):
+  """Compares plain math with the third formulation of the decoder; returns (parameters, batch) -> margin, and both."""
+  config = ref.config(ref.FAMILIES[family], model__vocab_size=ref.VOCAB, model__tied_embeddings=tied)
+  params, batch = check.parameters(config), ref.batch(4, 16)
+  f = jax.jit(jax.value_and_grad(lambda p, b: plain.loss(config, p, b), has_aux=True))
+  (loss, (nll, margin)), gradients = f(module.nest(params), batch)
+  expected, expected_nll, expected_gradients = ref.reference(config, params, batch)
+  assert abs(loss - expected) < 1e-5 * expected and abs(nll - expected_nll) < 1e-5 * expected_nll
+  ref.assert_close(ref.host(gradients), expected_gradients, 2e-5)
+  assert (0 < margin < 0.1) if family == "moe" else margin == 1
+  return lambda params, batch: float(f(module.nest(params), batch)[0][1][1]), params, batch
+
+
+def case_plain_math_is_the_reference():
+  plain_and_reference("dense", tied=False)
+
+
+def case_plain_math_is_the_reference_with_experts_and_knows_its_margin():
+  margin, params, batch = plain_and_reference("moe", tied=True)
+  params = {**params, "layers/mlp/router": params["layers/mlp/router"] * 0}  # no expert is better than another
+  assert margin(params, batch) == 0
+  assert margin(params, {**batch, "segments": batch["segments"] * 0}) == 1  # what padding chooses does not count
 
 
 # ---- what the command says

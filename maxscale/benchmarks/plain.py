@@ -6,6 +6,7 @@ gradients by plain AD, AdamW from Optax. Weights are cast to the compute dtype o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,4 @@ def _loss(s: Shape, attention: Callable, z_loss: float, params: Tree, batch: Tre
 
 def attention_for(platform: str) -> Callable:
   """The same attention as the framework's, so that the comparison is of all the rest."""
-  if platform == "tpu":
-    return attention.splash_attention
-  return attention.xla_attention
+  return functools.partial(attention.attention, backend="tpu" if platform == "tpu" else "xla")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,7 +77,7 @@ def platform() -> str:
 # ---- sums and maxima that have no gradient, or whose gradient the caller makes
 
 
-def psum(x: jax.Array, name: str) -> jax.Array:
+def psum(x: Any, name: str) -> Any:
   """The sum over the devices that the logical axis is split over."""
   return lax.psum(x, mesh_axes(name)) if mesh_axes(name) else x
 
@@ -173,7 +173,7 @@ def _more(names: Names, role: str, to: str) -> list[tuple[str, ...]]:
   return [mesh_axes(n, role)[len(mesh_axes(n, to)) :] if n else () for n in names]
 
 
-def complete_gradients(gradients: dict[str, jax.Array], names: dict[str, Names], dtype: str) -> dict[str, jax.Array]:
+def complete_gradients(gradients: dict[str, jax.Array], names: Mapping[str, Names], dtype: str) -> dict[str, jax.Array]:
   """Accumulated gradients, each in role param -> in role state, summed over all devices that hold other tokens.
 
   Each crosses those devices once a step, after all microbatches: role param's axes were summed and scattered at each

@@ -51,9 +51,9 @@ def every(config: Config, small: Config) -> list[Layout]:
   fours = [",".join(f"{axis}=2" for axis in axes.split()) for axes in FOUR_AXES]
   layouts = [parse(text) for text in [OTHERS[0], *fours, *OTHERS[1:]]]
   layouts.insert(1, own(config))
-  if not small.model.experts:
-    layouts = [{path: v for path, v in layout.items() if not path.endswith(".expert")} for layout in layouts]
-  layouts = [fitted(small, layout) for layout in layouts]
+  most = 2 ** (small.model.experts.bit_length() - 1) if small.model.experts else 1  # devices that experts give work to
+  layouts = [{p: min(v, most) if p.endswith(".expert") else v for p, v in layout.items()} for layout in layouts]
+  layouts = [fitted(small, {p: v for p, v in layout.items() if v != 1}) for layout in layouts]
   return list({frozenset((path, str(v)) for path, v in layout.items()): layout for layout in layouts}.values())
 
 
@@ -68,10 +68,11 @@ def parse(text: str) -> Layout:
   for part in filter(None, text.split(",")):
     key, equals, value = part.partition("=")
     path = key if key.split(".")[0] in GROUPS else f"mesh.{key}"
-    if not equals or not any(path == p or path.startswith(f"{p}.") for p in options):
+    layout[path] = value.split("+") if "+" in value else _value(value)
+    size = not path.startswith("mesh.") or (type(layout[path]) is int and layout[path] >= 1)
+    if not equals or not size or not any(path == p or path.startswith(f"{p}.") for p in options):
       raise ConfigError(f"--mesh {text}: {part!r} is not axis=size with an axis of {', '.join(MESH_AXES)}, nor another "
                         "option that says where a program runs, such as sharding.microbatches=2")  # fmt: skip
-    layout[path] = value.split("+") if "+" in value else _value(value)
   return layout
 
 

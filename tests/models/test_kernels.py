@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxscale.models import attention, kernels, loss, parts
+from maxscale.models import kernels, loss, parts
 from tests.models import reference as ref
 
 f32, bf16 = jnp.float32, jnp.bfloat16
@@ -110,70 +110,6 @@ def test_the_gradient_of_grouped_weights_has_the_dtype_of_the_master():
     (dw,) = pull(jnp.ones_like(y))
     assert y.dtype == bf16 and dw.dtype == dtype
     ref.assert_close(dw[..., 0], exact, 1e-5 if dtype == f32 else 1e-2)
-
-
-# ---- attention
-
-
-def inputs(b, t, s, n, k, h):
-  return normal(b, t, n, h), normal(b, s, k, h, seed=1), normal(b, s, k, h, seed=2)
-
-
-def by_documents(q, k, v, q_segments, k_segments, offset=0):
-  """Attention as its definition says: one query and one head at a time."""
-  group, rows = q.shape[2] // k.shape[2], []
-  for b in range(q.shape[0]):
-    for t in range(q.shape[1]):
-      seen = [s for s in range(k.shape[1]) if s <= t + offset and k_segments[b, s] == q_segments[b, t]]
-      keys, values = k[b, np.array(seen)].repeat(group, 1), v[b, np.array(seen)].repeat(group, 1)
-      scores = jnp.einsum("nh,snh->ns", q[b, t], keys) / q.shape[-1] ** 0.5
-      rows.append(jnp.einsum("ns,snh->nh", jnp.exp(scores) / jnp.exp(scores).sum(1, keepdims=True), values))
-  return jnp.stack(rows).reshape(q.shape)
-
-
-def test_attention_and_its_gradients():
-  q, k, v = inputs(2, 7, 7, 4, 2, 6)
-  segments = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 3]])
-  actual = gradients(lambda *a: attention.attention(*a, segments, segments), q, k, v)
-  expected = gradients(jax.jit(lambda *a: by_documents(*a, segments, segments)), q, k, v)
-  for a, b, what in zip(actual, expected, ("o", "dq", "dk", "dv")):
-    ref.assert_close(a, b, 1e-5, what)
-
-
-def test_attention_with_an_offset_is_the_end_of_the_whole():
-  q, k, v = inputs(1, 9, 9, 4, 1, 4)
-  ones = np.ones((1, 9), np.int32)
-  whole = attention.attention(q, k, v, ones, ones)
-  for offset in (0, 3, 8):
-    part = attention.attention(q[:, offset : offset + 1], k, v, ones[:, :1], ones, offset)
-    ref.assert_close(part[:, 0], whole[:, offset], 1e-6, f"offset {offset}")
-
-
-def test_attention_in_causal_blocks_is_attention_whole(monkeypatch):
-  q, k, v = inputs(2, 128, 128, 4, 2, 8)
-  segments = np.ones((2, 128), np.int32)
-  segments[0, 20:90], segments[0, 90:] = 2, 0  # a document over three blocks of 32
-  f = lambda: jax.jit(functools.partial(gradients, lambda *a: attention.attention(*a, segments, segments)))  # noqa: E731
-  actual = f()(q, k, v)
-  monkeypatch.setattr(attention, "CAUSAL_BLOCKS", 1)
-  for a, b, what in zip(actual, f()(q, k, v), ("o", "dq", "dk", "dv")):
-    ref.assert_close(a, b, 1e-5, what)
-
-
-@pytest.mark.parametrize("kv_heads, length", [(1, 256), (2, 384), (4, 256)])  # one block, three of 128, one
-def test_splash_attention_is_plain_attention(monkeypatch, kv_heads, length):
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
-  monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
-  q, k, v = inputs(2, length, length, 4, kv_heads, 16)
-  segments = np.ones((2, length), np.int32)
-  segments[0, 100:230], segments[0, 230:] = 2, 0
-  segments[1, 128:] = 2
-  f = lambda f, *a: gradients(lambda q, k, v: f(q, k, v, segments, segments), *a)  # noqa: E731
-  actual = jax.jit(functools.partial(f, attention.splash_attention))(q, k, v)
-  expected = jax.jit(functools.partial(f, functools.partial(attention.xla_attention, offset=0)))(q, k, v)
-  for a, b, what in zip(actual, expected, ("o", "dq", "dk", "dv")):
-    ref.assert_close(a, b, 1e-5, what)
 
 
 # ---- the loss
