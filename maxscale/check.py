@@ -187,7 +187,9 @@ def build(config: Config, layout: Layout) -> Any:
 
   config = layouts.apply(config, layout)
   shape, device_mesh = mesh.for_config(config, jax.devices()[: layouts.devices(layout)])
-  program = Program(config, config.model.vocab_size, device_mesh, rules.make(config.sharding, shape.sizes))
+  program = Program(
+    config, config.model.vocab_size, device_mesh, rules.make(config.sharding, shape.sizes, shape.slices)
+  )
   program.check(config.data.batch_size, config.data.length)
   return program
 

@@ -17,6 +17,7 @@ from maxscale.models import attention, decoder, loss, module, remat
 from maxscale.models.module import ParamSpec, Tree
 from maxscale.models.parts import Dropout, Shape
 from maxscale.optim import optimizer
+from maxscale.perf import compiler
 from maxscale.sharding import audit, context, pipeline, rules, sequence
 from maxscale.sharding import mesh as meshes
 
@@ -150,6 +151,14 @@ class Program:
       out_shardings=(shardings, NamedSharding(self.mesh, PartitionSpec())),
       donate_argnums=0,
     )
+
+  def trace(self, batch: int, length: int) -> jax.stages.Traced:
+    """`train` for a global batch [B, T]."""
+    return self.train().trace(self.abstract_state(), self.abstract_batch(batch, length))
+
+  def compile(self, traced: jax.stages.Traced) -> jax.stages.Compiled:
+    """Compiles with the options that are known to be good for the mesh's devices (perf/compiler.py)."""
+    return traced.lower().compile(compiler_options=compiler.options(self.mesh.devices.flat[0].device_kind))
 
   def evaluate(self) -> jax.stages.Wrapped:
     """(params, batch) -> (sum of the plain loss, number of targets)."""

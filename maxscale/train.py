@@ -60,10 +60,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def audit(config: Config) -> int:
+  """Prints what the rules imply: each array's sharding and bytes, each mesh axis's place, a step's collectives."""
+  from maxscale.perf import traffic
   from maxscale.sharding import audit as audits
+  from maxscale.sharding import topology
 
   program = assemble.build(config, assemble.vocabulary(config)[1])
-  print(audits.table(program.infos(), program.rules))
+  moved = traffic.by_slices(traffic.transfers(program.trace(*assemble.batch_shapes(config)[0])), program.rules)
+  print(audits.table(program.infos(), program.rules), topology.table(program.mesh), traffic.table(moved), sep="\n\n")
   return 0
 
 
@@ -185,8 +189,8 @@ class Run:
 
     with self.log.state("compile"):
       start = time.perf_counter()
-      traced = self.program.train().trace(self.program.abstract_state(), self.program.abstract_batch(batch, length))
-      compiled = traced.lower().compile()
+      traced = self.program.trace(batch, length)
+      compiled = self.program.compile(traced)
       memory = compiled.memory_analysis()
       line(f"compiled the step for {batch} x {length} in {time.perf_counter() - start:.1f} s; predicted memory on a "
            f"device: {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:.1f} MiB, of it "

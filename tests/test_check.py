@@ -72,7 +72,7 @@ def possible(small, layout):
   """Raises where the framework refuses the layout; needs no devices."""
   config = layouts.apply(small, layout)
   shape = mesh.resolve(config.mesh, layouts.devices(layout), max(1, config.mesh.slices))
-  program = Program(config, check.VOCAB, None, rules.make(config.sharding, shape.sizes))
+  program = Program(config, check.VOCAB, None, rules.make(config.sharding, shape.sizes, shape.slices))
   program.check(check.BATCH, check.LENGTH)
 
 

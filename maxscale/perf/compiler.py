@@ -37,7 +37,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def options(device_kind: str) -> dict[str, str]:
+def options(device_kind: str) -> dict[str, str | bool]:
   """The compiler options for a device kind; none for one that the table lacks."""
   chip = chip_of(device_kind)
   return {o.name: o.value for o in OPTIONS if chip and chip.name in o.chips}

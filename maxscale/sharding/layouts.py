@@ -42,6 +42,8 @@ OTHERS = (
   "data=4,fsdp=2,sharding.state.embed=fsdp+data",
   "slices=2,dcn.data=2,fsdp=2,tensor=2",
   "slices=2,dcn.data=2,fsdp=4,sharding.state.embed=fsdp+data",
+  "slices=2,dcn.data=2,data=2,fsdp=2,sharding.state.embed=fsdp+data",
+  "slices=2,dcn.fsdp=2,fsdp=2,tensor=2",
   "slices=2,dcn.pipeline=2,fsdp=2,tensor=2",
 )
 

@@ -12,7 +12,7 @@ os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LI
 import jax
 from jax.experimental import topologies
 
-from maxscale.perf import collectives, compiler, program, traffic
+from maxscale.perf import collectives, program, traffic
 from maxscale.sharding import mesh, rules
 from maxscale.step import Program
 from tests.models import reference as ref
@@ -51,16 +51,6 @@ def build(topology, slices, options):
   return out
 
 
-def trace(p):
-  d = p.config.data
-  return p.train().trace(p.abstract_state(), p.abstract_batch(d.batch_size, d.length))
-
-
-def compile_text(p, traced):
-  kind = p.mesh.devices.flat[0].device_kind
-  return traced.lower().compile(compiler_options=compiler.options(kind)).as_text()
-
-
 def totals(rows):
   """[kind, axes, in a loop, across slices] -> [bytes of a step and device]; those of a KiB and less are not counted."""
   out = {}
@@ -72,10 +62,9 @@ def totals(rows):
 
 def look(name):
   p = build(*LAYOUTS[name])
-  traced = trace(p)
+  traced = p.trace(p.config.data.batch_size, p.config.data.length)
   asked = traffic.transfers(traced)
-  text = compile_text(p, traced)
-  found = collectives.collectives(program.read(text))
+  found = collectives.collectives(program.read(p.compile(traced).as_text()))
   return {
     "asked": totals((t.kind, t.axes, t.depth, t.dcn, t.total) for t in traffic.by_slices(asked, p.rules)),
     "compiled": totals(
