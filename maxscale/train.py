@@ -63,11 +63,13 @@ def audit(config: Config) -> int:
   """Prints what the rules imply: each array's sharding and bytes, each mesh axis's place, a step's collectives."""
   from maxscale.perf import traffic
   from maxscale.sharding import audit as audits
-  from maxscale.sharding import topology
+  from maxscale.sharding import pipeline, topology
 
   program = assemble.build(config, assemble.vocabulary(config)[1])
   moved = traffic.by_slices(traffic.transfers(program.trace(*assemble.batch_shapes(config)[0])), program.rules)
   print(audits.table(program.infos(), program.rules), topology.table(program.mesh), traffic.table(moved), sep="\n\n")
+  if program.schedule.stages > 1:
+    print(f"\n{pipeline.picture(program.schedule)}")
   return 0
 
 

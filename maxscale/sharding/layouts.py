@@ -51,8 +51,8 @@ OTHERS = (
 def every(config: Config, small: Config) -> list[Layout]:
   """The layouts to compare for a config and its scaled-down copy, from one device on; the config's own is the second."""
   fours = [",".join(f"{axis}=2" for axis in axes.split()) for axes in FOUR_AXES]
-  layouts = [parse(text) for text in [OTHERS[0], *fours, *OTHERS[1:]]]
-  layouts.insert(1, own(config))
+  others = [text for text in OTHERS if small.model.experts or "expert" not in text]
+  layouts = [own(config) if text is None else parse(text) for text in [others[0], None, *fours, *others[1:]]]
   most = 2 ** (small.model.experts.bit_length() - 1) if small.model.experts else 1  # devices that experts give work to
   layouts = [{p: min(v, most) if p.endswith(".expert") else v for p, v in layout.items()} for layout in layouts]
   layouts = [fitted(small, {p: v for p, v in layout.items() if v != 1}) for layout in layouts]

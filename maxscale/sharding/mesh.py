@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from maxscale.config import MESH_AXES, Config, ConfigError, Mesh, nearest_divisors
+from maxscale.config import MESH_AXES, Config, ConfigError, Dcn, Mesh, nearest_divisors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +40,37 @@ class MeshShape:
 def resolve(mesh: Mesh, devices: int, slices: int = 1) -> MeshShape:
   """Fills in the -1 of `mesh.*` and `mesh.dcn.*` for a number of devices in a number of equal slices.
 
+  Where `mesh.dcn` is left alone and `mesh.*` multiplies to the devices of all slices instead of one, the sizes are those
+  of the whole mesh, and `data` or else `pipeline` goes from slice to slice: the axes that bear a slow network.
+
   Raises:
     ConfigError: the factors do not multiply to the devices; the message says which would.
   """
   if devices % slices:
     raise ConfigError(f"mesh.slices={slices} does not divide {devices} devices; {nearest_divisors(devices, slices)} do")
-  ici = _fill("mesh", mesh, devices // slices, "devices" if slices == 1 else "devices of a slice")
-  dcn = _fill("mesh.dcn", mesh.dcn, slices, "slices")
-  return MeshShape(ici, dcn)
+  try:
+    ici = _fill("mesh", mesh, devices // slices, "devices" if slices == 1 else "devices of a slice")
+  except ConfigError:
+    whole = _whole(mesh, devices, slices)
+    if whole is None:
+      raise
+    return whole
+  return MeshShape(ici, _fill("mesh.dcn", mesh.dcn, slices, "slices"))
+
+
+def _whole(mesh: Mesh, devices: int, slices: int) -> MeshShape | None:
+  """The shape whose ICI and DCN factors together are the sizes of `mesh.*`, or None where there is none by default."""
+  if slices == 1 or mesh.dcn != Dcn():
+    return None
+  try:
+    sizes = dict(zip(MESH_AXES, _fill("mesh", mesh, devices, "devices")))
+  except ConfigError:
+    return None
+  across = next((axis for axis in ("data", "pipeline") if sizes[axis] % slices == 0), None)
+  if across is None:
+    return None
+  sizes[across] //= slices
+  return MeshShape(tuple(sizes.values()), tuple(slices if axis == across else 1 for axis in MESH_AXES))
 
 
 def _fill(group: str, node: Any, total: int, what: str) -> tuple[int, ...]:

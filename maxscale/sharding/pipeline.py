@@ -82,6 +82,29 @@ class Schedule:
     )  # fmt: skip
 
 
+def picture(s: Schedule, ticks: int = 24) -> str:
+  """The schedule as text: a line a stage, a column a tick; 3 is the forward of microbatch 3, 3' its backward.
+
+  Chunks after the first are marked with letters: 3b is microbatch 3 in the second chunk of the stage.
+  """
+  letters = ["", *"bcdefghijklmnopqrstuvwxyz"]
+
+  def cell(stage: int, t: int) -> str:
+    out = []
+    for unit, chunk_of, mark in ((t - stage, s.forward, ""), (t - s.fill - (s.stages - 1 - stage), s.backward, "'")):
+      if 0 <= unit < s.units:
+        chunk, microbatch, *_ = chunk_of(unit)
+        out.append(f"{microbatch}{letters[chunk % len(letters)]}{mark}")
+    return " ".join(out) or "."
+
+  shown = range(min(ticks, s.ticks + s.fill))
+  rows = [[f"stage {stage}", *(cell(stage, t) for t in shown)] for stage in range(s.stages)]
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  more = " ..." if len(shown) < s.ticks + s.fill else ""
+  lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() + more for row in rows]
+  return "\n".join([*lines, f"a stage waits for {s.bubble:.1%} of the time: (P - 1) / (v M + P - 1)"])
+
+
 @dataclasses.dataclass(frozen=True)
 class Pieces:
   """What a model does with a microbatch (a tree of arrays) between tokens and loss; all of it on this device's shards.

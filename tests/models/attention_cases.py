@@ -1,7 +1,8 @@
 """Cases on 8 simulated devices: attention over split sequences is attention (tests/multidevice.py runs them).
 
-`python -m tests.models.attention_cases` compiles it for four v5p chips, which need not be here, and prints what the
-test looks at, as JSON; in a process of its own, because libtpu reads its environment once.
+`python -m tests.models.attention_cases <length> <heads> <kv heads> <method>...` compiles it for four v5p chips, which
+need not be here, and prints what the test looks at, as JSON; in a process of its own, because libtpu reads its
+environment once.
 """
 
 import collections
@@ -9,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -175,7 +177,7 @@ def case_refusals():
 
 # ---- what the TPU compiler makes of it
 
-T, DEVICES = 4096, 4
+DEVICES = 4
 
 
 def keep(f):
@@ -195,11 +197,11 @@ def overlapped(program):
   return out
 
 
-def main():
+def main(length, heads, kv_heads, *methods):
   layout = Layout(topologies.get_topology_desc("v5p:2x2x1", "tpu").devices, context=DEVICES)
-  q, k = (jax.ShapeDtypeStruct((1, T, heads, 128), jnp.bfloat16) for heads in (2, 1))
-  args, out = (q, k, k, jax.ShapeDtypeStruct((1, T), jnp.int32), q), {}
-  for method in ("ring", "gather"):
+  q, k = (jax.ShapeDtypeStruct((1, int(length), int(n), 128), jnp.bfloat16) for n in (heads, kv_heads))
+  args, chunk, out = (q, k, k, jax.ShapeDtypeStruct(q.shape[:2], jnp.int32), q), int(length) // DEVICES // 2, {}
+  for method in methods:
     program = layout.gradients(method, keep).lower(*args).compile().as_text()
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b\w+\[([\d,]+)\]", program)}
     out[method] = {
@@ -207,10 +209,10 @@ def main():
       "sends": len(re.findall(r" collective-permute-start\(", program)),
       "overlapped": overlapped(program),
       "scattered": len(re.findall(r"^%all-reduce-scatter| reduce-scatter\(", program, re.M)),
-      "squares": [dims for dims in shapes if sum(d >= T // DEVICES // 2 for d in dims) > 1],
+      "squares": [dims for dims in shapes if sum(d >= chunk for d in dims) > 1],
     }
   print(json.dumps(out))
 
 
 if __name__ == "__main__":
-  main()
+  main(*sys.argv[1:])

@@ -150,17 +150,21 @@ def test_a_length_that_does_not_divide_is_refused_with_the_nearest(length, near)
 # ---- what the TPU compiler makes of it
 
 
-@pytest.fixture(scope="module")
-def programs():
+def compiled(*arguments):
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed (pip install 'maxscale[plan]')")
   environment = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-  command = [sys.executable, "-m", MODULE]
+  command = [sys.executable, "-m", MODULE, *arguments]
   done = subprocess.run(
     command, cwd=multidevice.ROOT, env={**os.environ, **environment}, capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr[-5000:]
   return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def programs():
+  return compiled("4096", "2", "1", "ring", "gather")
 
 
 @pytest.mark.parametrize("method", ["ring", "gather"])
@@ -174,9 +178,14 @@ def test_on_a_tpu_what_a_policy_keeps_is_not_computed_again(programs):
   assert programs["gather"]["kernels"] == {"fwd": 1, "dkv": 1}
 
 
-def test_on_a_tpu_keys_and_gradients_are_sent_while_kernels_run(programs):
+def test_on_a_tpu_keys_and_gradients_are_sent_asynchronously(programs):
   assert programs["ring"]["sends"] == 18  # forward k, v, segments, twice; backward the same, and dk, dv three times
   assert programs["ring"]["overlapped"] == [True, True]  # the loop of each pass
+
+
+@pytest.mark.slow
+def test_on_a_tpu_large_shares_are_sent_while_kernels_run():
+  assert compiled("32768", "16", "8", "ring")["ring"]["overlapped"] == [True, True]
 
 
 def test_on_a_tpu_the_gradient_of_gathered_keys_is_scattered(programs):

@@ -1,5 +1,6 @@
 """Sizes of the mesh, and messages that say what would fit."""
 
+import dataclasses
 import re
 import types
 
@@ -90,3 +91,14 @@ def test_the_axes_of_a_slice_stay_in_it(monkeypatch):
       assert len(set(block.flat)) == 1
   assert len(set(slice_of.flat)) == 4
   assert len({d.id for d in grid.flat}) == 32
+
+
+def test_sizes_of_the_whole_mesh_cross_slices_along_data_or_pipeline():
+  whole = mesh.resolve(Mesh(pipeline=2, expert=2, fsdp=2, tensor=-1), 8, 2)
+  assert whole.sizes == {"pipeline": 2, "data": 1, "fsdp": 2, "expert": 2, "context": 1, "tensor": 1}
+  assert whole.slices == {"pipeline": 2}
+  assert mesh.resolve(Mesh(data=4, fsdp=2), 8, 2).slices == {"data": 2}
+  with pytest.raises(ConfigError, match="there are 4 devices of a slice"):
+    mesh.resolve(Mesh(fsdp=8), 8, 2)  # fsdp crosses slices only when asked
+  asked = dataclasses.replace(Mesh(fsdp=4), dcn=Dcn(data=1, fsdp=2))
+  assert mesh.resolve(asked, 8, 2).slices == {"fsdp": 2}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxscale.sharding.pipeline import Schedule
+from maxscale.sharding.pipeline import Schedule, picture
 from tests import multidevice
 
 MODULE = "tests.sharding.pipeline_cases"
@@ -60,3 +60,10 @@ def test_rows_by_hand():
   assert Schedule(2, 1, 2).rows(4) == (0, 1, 2, 3)
   assert Schedule(2, 2, 2).rows(4) == (0, 2, 1, 3)
   assert Schedule(2, 2, 2).rows(8) == (0, 1, 4, 5, 2, 3, 6, 7)
+
+
+def test_the_picture_by_hand():
+  lines = [line.split() for line in picture(Schedule(2, 1, 3)).splitlines()]
+  assert lines[0] == ["stage", "0", "0", "1", "2", "0'", "1'", "2'"]
+  assert lines[1] == ["stage", "1", ".", "0", "0'", "1", "1'", "2", "2'", "."]
+  assert "0b" in picture(Schedule(2, 2, 2)) and "25.0%" in picture(Schedule(2, 1, 3))
