@@ -2,7 +2,12 @@
 
     python -m maxscale.train --config configs/tiny_moe.py
 
-8 simulated CPU devices (expert=2, fsdp=2, tensor=2); a few minutes on 2 cores.
+8 simulated CPU devices (expert=2, fsdp=2, tensor=2); a few minutes on 2 cores, to a held-out loss of 1.53 nats a token.
+The same run, to rounding, as a pipeline, and on two simulated slices of 8 devices:
+
+    ... --config.mesh.expert=2 --config.mesh.pipeline=2 --config.mesh.fsdp=2
+    ... --config.mesh.expert=2 --config.mesh.pipeline=2 --config.mesh.fsdp=2 --config.mesh.slices=2 \\
+        --config.run.simulated_devices=16
 """
 
 from maxscale.config import default
@@ -26,8 +31,8 @@ def get_config():
   c.optimizer.warmup_steps = 30
   c.mesh.expert = 2
   c.mesh.fsdp = 2
-  c.mesh.tensor = -1
-  c.sharding.microbatches = 2
+  c.mesh.tensor = -1  # what the others leave: 2 here
+  c.sharding.microbatches = 2  # enough for two pipeline stages
   c.checkpoint.every = 100
   c.eval.every = 100
   c.log.sample_prompt = "def "

@@ -66,3 +66,17 @@ def vocabulary(config: Config) -> tuple[Any, int]:
 
   tokenizer = load_tokenizer(config.data.tokenizer)
   return tokenizer, config.model.vocab_size or tokenizer.vocab_size
+
+
+def audit(config: Config) -> str:
+  """What the rules imply: each array's sharding and bytes, each mesh axis's place, a step's collectives, the schedule."""
+  from maxscale.perf import traffic
+  from maxscale.sharding import audit as arrays
+  from maxscale.sharding import pipeline, topology
+
+  program = build(config, vocabulary(config)[1])
+  moved = traffic.by_slices(traffic.transfers(program.trace(*batch_shapes(config)[0])), program.rules)
+  parts = [arrays.table(program.infos(), program.rules), topology.table(program.mesh), traffic.table(moved)]
+  if program.schedule.stages > 1:
+    parts.append(pipeline.picture(program.schedule))
+  return "\n\n".join(parts)

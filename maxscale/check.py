@@ -132,17 +132,19 @@ def expect(config: Config) -> Expected:
   f = jax.jit(jax.value_and_grad(lambda p, b: plain.loss(config, p, b), has_aux=True))
   out = Expected(params, [], [], [], 1.0)
   for packed in (True, False):
-    for seed in range(100):
-      batch = make_batch(config, seed, packed)
-      (loss, (nll, margin)), gradients = f(module.nest(params), batch)
-      if margin > MARGIN:
+    batch = make_batch(config, 0, packed)
+    for seed in range(1, 100):
+      (loss, (nll, margins)), gradients = f(module.nest(params), batch)
+      unclear = np.asarray(margins) <= MARGIN
+      if not unclear.any():
         break
-    else:
-      raise AssertionError(f"no batch of 100 has router margins above {MARGIN}")
+      for key, value in make_batch(config, seed, packed).items():
+        batch[key][unclear] = value[unclear]
+    assert min(margins) > MARGIN, "no batch has clear choices of the routers"
     out.batches.append(batch)
     out.losses.append((float(loss), float(nll)))
     out.gradients.append({path: np.asarray(g) for path, g in module.flatten(gradients).items()})
-    out = dataclasses.replace(out, margin=min(out.margin, float(margin)))
+    out = dataclasses.replace(out, margin=min(out.margin, float(min(margins))))
   return out
 
 

@@ -48,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     from maxscale import environment
 
     environment.prepare(config)
-    return audit(config) if arguments.audit else run(config)
+    if arguments.audit:
+      print(assemble.audit(config))
+      return 0
+    return run(config)
   except Exception as e:
     from maxscale import distributed
 
@@ -57,20 +60,6 @@ def main(argv: list[str] | None = None) -> int:
       raise
     print(f"{PROGRAM}: {e}", file=sys.stderr)
     return e.exit_code
-
-
-def audit(config: Config) -> int:
-  """Prints what the rules imply: each array's sharding and bytes, each mesh axis's place, a step's collectives."""
-  from maxscale.perf import traffic
-  from maxscale.sharding import audit as audits
-  from maxscale.sharding import pipeline, topology
-
-  program = assemble.build(config, assemble.vocabulary(config)[1])
-  moved = traffic.by_slices(traffic.transfers(program.trace(*assemble.batch_shapes(config)[0])), program.rules)
-  print(audits.table(program.infos(), program.rules), topology.table(program.mesh), traffic.table(moved), sep="\n\n")
-  if program.schedule.stages > 1:
-    print(f"\n{pipeline.picture(program.schedule)}")
-  return 0
 
 
 def run(config: Config) -> int:
@@ -137,7 +126,8 @@ class Run:
     devices = program.mesh.devices.size
     line(f"run {c.run.name} in {c.run_dir}, attempt {self.log.attempt}, config {c.hash}")
     mesh = " x ".join(f"{axis}={n}" for axis, n in sizes.items()) or "one device"
-    line(f"mesh {mesh} ({devices} x {program.mesh.devices.flat[0].device_kind}), "
+    slices = f" over {math.prod(program.rules.slices.values())} slices" if program.rules.slices else ""
+    line(f"mesh {mesh}{slices} ({devices} x {program.mesh.devices.flat[0].device_kind}), "
          f"batch {c.data.batch_size} x {c.data.length} tokens")  # fmt: skip
     line(f"{parameters:,} parameters; state {state / 2**20:.1f} MiB on a device")
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maxscale import check, environment
 from maxscale import config as config_lib
@@ -57,7 +58,7 @@ def case_gradients_are_summed_over_devices_that_hold_parts_of_them():
 
 
 def case_gradients_of_norms_miss_the_tokens_of_other_parts_of_a_sequence():
-  result = caught(context, "TOKENS", lambda real: ("batch",), "tiny", "context=2", "context=2")
+  result = caught(context, "TOKENS", lambda real: ("batch",), "tiny", "tensor=2", "tensor=2")
   assert "layers/mlp_norm/scale" in result.worst(4)
 
 
@@ -73,7 +74,7 @@ def case_the_loss_is_a_mean_over_the_targets_of_a_device():
 
     return pieces
 
-  result = caught(Program, "_pieces", fault, "tiny", "data=2,tensor=2", "data=2")
+  result = caught(Program, "_pieces", fault, "tiny", "data=2,fsdp=2,tensor=2", "data=2")
   assert result.loss > check.LOSS
 
 
@@ -113,34 +114,35 @@ def case_the_gradient_of_the_gates_is_not_summed():
 
 def case_the_balance_loss_counts_a_part_of_a_sequence():
   fault = lambda real: lambda x, name: x if name == "residual_length" else real(x, name)  # noqa: E731
-  caught(context, "psum", fault, "tiny_moe", "context=2", "context=2")
+  caught(context, "psum", fault, "tiny_moe", "tensor=2", "tensor=2")
 
 
 # ---- what it compares with
 
 
 def plain_and_reference(family, tied):
-  """Compares plain math with the third formulation of the decoder; returns (parameters, batch) -> margin, and both."""
+  """Compares plain math with the third formulation of the decoder; returns (parameters, batch) -> margins, and both."""
   config = ref.config(ref.FAMILIES[family], model__vocab_size=ref.VOCAB, model__tied_embeddings=tied)
   params, batch = check.parameters(config), ref.batch(4, 16)
   f = jax.jit(jax.value_and_grad(lambda p, b: plain.loss(config, p, b), has_aux=True))
-  (loss, (nll, margin)), gradients = f(module.nest(params), batch)
+  (loss, (nll, margins)), gradients = f(module.nest(params), batch)
   expected, expected_nll, expected_gradients = ref.reference(config, params, batch)
   assert abs(loss - expected) < 1e-5 * expected and abs(nll - expected_nll) < 1e-5 * expected_nll
   ref.assert_close(ref.host(gradients), expected_gradients, 2e-5)
-  assert (0 < margin < 0.1) if family == "moe" else margin == 1
-  return lambda params, batch: float(f(module.nest(params), batch)[0][1][1]), params, batch
+  assert ((margins > 0) & (margins < 1)).all() if family == "moe" else (margins == 1).all()
+  return lambda params, batch: f(module.nest(params), batch)[0][1][1], params, batch
 
 
 def case_plain_math_is_the_reference():
   plain_and_reference("dense", tied=False)
 
 
-def case_plain_math_is_the_reference_with_experts_and_knows_its_margin():
-  margin, params, batch = plain_and_reference("moe", tied=True)
+def case_plain_math_is_the_reference_with_experts_and_knows_its_margins():
+  margins, params, batch = plain_and_reference("moe", tied=True)
   params = {**params, "layers/mlp/router": params["layers/mlp/router"] * 0}  # no expert is better than another
-  assert margin(params, batch) == 0
-  assert margin(params, {**batch, "segments": batch["segments"] * 0}) == 1  # what padding chooses does not count
+  assert not margins(params, batch).any()
+  padding = {**batch, "segments": batch["segments"] * (np.arange(4) != 2)[:, None]}
+  assert margins(params, padding).tolist() == [0, 0, 1, 0]  # what padding chooses does not count
 
 
 # ---- what the command says
@@ -149,7 +151,12 @@ def case_plain_math_is_the_reference_with_experts_and_knows_its_margin():
 def command(*arguments):
   """(exit code, output) in this process, whose devices are there already."""
   output = io.StringIO()
-  with mock.patch.object(environment, "prepare"), contextlib.redirect_stdout(output):
+  expected = right("tiny").expected
+  with (
+    mock.patch.object(environment, "prepare"),
+    mock.patch.object(check, "expect", lambda config: expected),
+    contextlib.redirect_stdout(output),
+  ):
     code = check.main(["--config", "configs/tiny.py", "--config.run.compile_cache=", *arguments])
   return code, output.getvalue()
 
@@ -167,10 +174,7 @@ def case_the_command_names_what_differs():
 
 
 def case_a_mesh_that_raises_hides_no_other():
-  def fault(x, step):
-    raise TypeError("planted")
-
-  with mock.patch.object(context, "to_next_stage", fault):
+  with mock.patch.object(Program, "_pieces", side_effect=TypeError("planted")):
     code, output = command("--mesh=data=2,pipeline=2")
   assert code == 1 and "TypeError: planted" in output and "differs: one device: TypeError" in output
 

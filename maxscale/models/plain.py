@@ -25,11 +25,11 @@ def loss(config: Config, params: Tree, batch: Tree) -> tuple[jax.Array, tuple[ja
     batch: tokens, targets, segments, positions: int32 [B, T].
 
   Returns:
-    The objective, and (its plain part, the smallest router margin: how much less probable than the last expert that a
-    token chose the next one is, as a fraction, over all tokens and layers; 1 where there is no choice).
+    The objective, and (its plain part, the smallest router margin in each sequence, [B]: how much less probable than
+    the last expert that a token chose the next one is, as a fraction; 1 where there is no choice).
   """
   x = params["embedding"][batch["tokens"]] * config.model.embed**0.5
-  auxiliary, margin = jnp.float32(0), jnp.float32(1)
+  auxiliary, margin = jnp.float32(0), jnp.ones(x.shape[0])
   for i in range(config.model.layers):
     w = jax.tree.map(lambda a: a[i], params["layers"])  # noqa: B023
     x = x + _attention(config, w["attention"], _norm(config, x, w["attention_norm"]), batch)
@@ -80,7 +80,7 @@ def _rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
 
 def _experts(config: Config, w: Tree, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """All experts for every token, weighted by 0 where not chosen; the two losses, summed; the smallest margin."""
+  """All experts for every token, weighted by 0 where not chosen; the two losses, summed; the margins [B]."""
   experts, chosen = config.model.experts, config.model.experts_per_token
   logits = x @ w["router"]
   probs = jax.nn.softmax(logits, -1)
@@ -92,6 +92,6 @@ def _experts(config: Config, w: Tree, x: jax.Array, valid: jax.Array) -> tuple[j
   balance = experts * jnp.sum(jax.lax.stop_gradient(share)[:, None] * probs * valid[..., None])
   router_z = jnp.sum(jax.nn.logsumexp(logits, -1) ** 2 * valid)
   gap = 1 - best[..., -1] / best[..., chosen - 1] if chosen < experts else jnp.ones(valid.shape)
-  margin = jnp.where(valid, gap, 1).min()
+  margin = jnp.where(valid, gap, 1).min(1)
   losses = config.loss.balance_loss * balance + config.loss.router_z_loss * router_z
   return jnp.einsum("bte,bted->btd", gates, every), losses, margin

@@ -120,24 +120,21 @@ def subsets(layout: Layout) -> Iterator[Layout]:
 
 
 def own(config: Config) -> Layout:
-  """The config's mesh, or, where it is not one of powers of two on DEVICES devices, 2 along its (at most four) axes."""
+  """The config's mesh, or, where the scaled-down copy is too small for it, 2 along its axes (the first four)."""
   m = config.mesh
+  sizes = [getattr(m, axis) for axis in MESH_AXES]
   slices = m.slices or math.prod(max(1, getattr(m.dcn, axis)) for axis in MESH_AXES)
-  known = math.prod(max(1, getattr(m, axis)) for axis in MESH_AXES)
-  shape = mesh.resolve(m, config.run.simulated_devices or slices * known * (2 if -1 in _sizes(m) else 1), slices)
-  factors = {f"mesh.{axis}": size for axis, size in zip(MESH_AXES, shape.ici)}
-  factors |= {f"mesh.dcn.{axis}": size for axis, size in zip(MESH_AXES, shape.dcn)}
-  factors = {path: size for path, size in factors.items() if size > 1}
-  if shape.devices > DEVICES or shape.devices & (shape.devices - 1):
+  given = slices * math.prod(max(1, size) for size in sizes) * (2 if -1 in sizes else 1)
+  shape = mesh.resolve(m, config.run.simulated_devices or given, slices)
+  factors = {f"mesh.{axis}": size for axis, size in zip(MESH_AXES, shape.ici) if size > 1}
+  factors |= {f"mesh.dcn.{axis}": size for axis, size in zip(MESH_AXES, shape.dcn) if size > 1}
+  rows = math.prod(shape.sizes[axis] for axis in ("data", "fsdp", "expert"))
+  parts = max(shape.sizes["pipeline"], min(config.sharding.microbatches, 2))
+  if shape.devices > DEVICES or shape.devices & (shape.devices - 1) or parts > 4 or rows * parts > 16:
     factors = dict.fromkeys(list(factors)[: DEVICES.bit_length() - 1], 2)
   slices = math.prod(size for path, size in factors.items() if path.startswith("mesh.dcn."))
   layout: Layout = factors | ({"mesh.slices": slices} if slices > 1 else {})
-  stages = _stages(layout)
-  return layout | ({"sharding.repeats": 2} if stages == 2 and config.sharding.repeats > 1 else {})
-
-
-def _sizes(m: config_lib.Mesh) -> list[int]:
-  return [getattr(m, axis) for axis in MESH_AXES]
+  return layout | ({"sharding.repeats": 2} if _stages(layout) == 2 and config.sharding.repeats > 1 else {})
 
 
 def _stages(layout: Layout) -> int:

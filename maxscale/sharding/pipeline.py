@@ -152,11 +152,13 @@ class _Run:
     (_, stage_loss, stage_sums), saved = jax.eval_shape(self._forward, self._chunk(0), x, part, self._layers(0))
     head_loss, head_sums = jax.eval_shape(self.pieces.head, self.outer, x, part)
     carry: dict[str, Any] = {
-      "x": x, "head_loss": head_loss, "stage_loss": stage_loss, "head_sums": head_sums,
+      "head_loss": head_loss, "stage_loss": stage_loss, "head_sums": head_sums,
       "stage_sums": jax.tree.map(lambda a: jax.ShapeDtypeStruct((self.rows, *a.shape[1:]), a.dtype), stage_sums),
     }  # fmt: skip
+    if not self.alone:
+      carry |= {"x": x, "dx": x}  # what has come from the stage before, and from the one after
     if self.gradients:
-      carry |= {"dx": x, "outer": self.outer, "stack": self.stack}
+      carry |= {"outer": self.outer, "stack": self.stack}
       if not self.alone:
         carry["ring"] = [jax.ShapeDtypeStruct((s.slots, *a.shape), a.dtype) for a in saved.leaves]
         self.saved = saved  # how a unit's backward is put together again from the ring
@@ -191,8 +193,9 @@ class _Run:
     chunk, microbatch = s.forward(unit)
     valid = self._valid(unit)
     entering, first = s.forward(t)
-    x = self._when(entering == 0, lambda: self.pieces.embed(self.outer, self._part(first)), carry["x"])
-    x = self._select((sharding.stage() == 0) & (chunk == 0), x, carry["x"])
+    came = carry.get("x")
+    x = self._when(entering == 0, lambda: self.pieces.embed(self.outer, self._part(first)), came)
+    x = self._select((sharding.stage() == 0) & (chunk == 0), x, came)
     (out, loss, sums), saved = self._forward(self._chunk(chunk), x, self._part(microbatch), self._layers(chunk))
     if "ring" in carry:
       slot = unit % s.slots  # a unit that is not there writes where no unit is waiting
@@ -200,7 +203,8 @@ class _Run:
       carry["ring"] = [put(ring, leaf, slot, 0) for ring, leaf in zip(carry["ring"], saved.leaves, strict=True)]
     carry["stage_loss"] += self._select(valid, loss, 0)
     carry["stage_sums"] = self._add_chunk(carry["stage_sums"], sums, chunk, valid)
-    carry["x"] = sharding.to_next_stage(out, 1)
+    if not self.alone:
+      carry["x"] = sharding.to_next_stage(out, 1)
     return saved, out
 
   def _head(self, carry: dict[str, Any], t: Any, out: jax.Array) -> jax.Array:
@@ -232,7 +236,7 @@ class _Run:
     unit = t - s.fill - (s.stages - 1 - sharding.stage())
     chunk, microbatch, forward = s.backward(unit)
     valid = self._valid(unit)
-    dx = carry["dx"]
+    dx = carry.get("dx")
     if dlast is not None:
       dx = self._select((sharding.stage() == s.stages - 1) & (chunk == s.repeats - 1), dlast, dx)
     if not self.alone:
@@ -241,7 +245,8 @@ class _Run:
     dw, dx = saved.pull(self._chunk(chunk), self._part(microbatch), dx)
     dx = self._select(valid, dx, 0)  # a slot that no unit has filled gives anything, not a number included
     carry["stack"] = self._add_chunk(carry["stack"], dw, chunk, valid)
-    carry["dx"] = sharding.to_next_stage(dx, -1)
+    if not self.alone:
+      carry["dx"] = sharding.to_next_stage(dx, -1)
     leaving, last, _ = s.backward(t - s.fill - (s.stages - 1))
     there = self._valid(t - s.fill - (s.stages - 1)) & (leaving == 0) if not self.alone else True
 

@@ -160,3 +160,12 @@ def test_state_across_slices_with_parameters_inside(slow):
   assert not any(json.loads(key)[2] and json.loads(key)[3] for key in found)
   inside = slow["two slices fsdp inside"]["compiled"]
   assert 0 <= total(inside, "all-reduce", ("data",), dcn=True) - parameters // 4 * 4 < SMALL
+
+
+@pytest.mark.slow
+def test_the_program_does_not_grow_with_the_devices():
+  (few, short, seconds), (many, long, more) = look(["growth"])
+  assert (few, many) == (64, 8192)
+  assert long <= 1.05 * short, f"{short} instructions for 64 devices, {long} for 8192"
+  print(f"compile: {seconds:.1f} s for 64 devices, {more / seconds:.2f} times as long for 8192")
+  assert more / seconds < 2  # 1.3 was seen; the machine may be busy

@@ -13,6 +13,7 @@ os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LI
 import jax
 from jax.experimental import topologies
 
+from maxscale.perf import collectives, program
 from maxscale.sharding import mesh, rules
 from maxscale.step import Program
 from tests.models import reference as ref
@@ -32,20 +33,17 @@ ARRAY = re.compile(r"\b(f32|bf16)\[([\d,]+)\]")
 def compiled_text(**options):
   c = ref.config(SMALL, **options)
   shape, device_mesh = mesh.for_config(c, topologies.get_topology_desc("v5e:2x2", "tpu").devices)
-  program = Program(c, VOCAB, device_mesh, rules.make(c.sharding, shape.sizes, shape.slices))
-  program.check(BATCH, LENGTH)
-  return program.train().lower(program.abstract_state(), program.abstract_batch(BATCH, LENGTH)).compile().as_text()
+  p = Program(c, VOCAB, device_mesh, rules.make(c.sharding, shape.sizes, shape.slices))
+  p.check(BATCH, LENGTH)
+  return p.compile(p.trace(BATCH, LENGTH)).as_text()
 
 
 def reductions(text):
-  """dtype -> number of matrices that cross devices in a reduction (all-reduce, reduce-scatter, or a fusion of one)."""
+  """dtype -> bytes of a step and device that cross devices in sums, those of single numbers left out."""
   out = {}
-  for line in text.splitlines():
-    operation = re.match(r"\s*(?:ROOT )?%\S+ = (.*?) (?:all-reduce|reduce-scatter|all-reduce-start)\(", line)
-    if operation:
-      for dtype, dims in ARRAY.findall(operation.group(1)):
-        if sum(int(d) > 1 for d in dims.split(",")) > 1 and math.prod(map(int, dims.split(","))) >= 256 * 128:
-          out[dtype] = out.get(dtype, 0) + 1
+  for c in collectives.collectives(program.read(text)):
+    if c.kind in ("all-reduce", "reduce-scatter") and c.bytes > 2**14:
+      out["+".join(c.dtypes)] = out.get("+".join(c.dtypes), 0) + c.run_bytes
   return out
 
 
