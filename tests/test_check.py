@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from maxscale import check
+from maxscale import config as config_lib
 from maxscale.config import MESH_AXES, ConfigError
 from maxscale.sharding import layouts, mesh, rules
 from maxscale.step import Program
@@ -134,6 +135,26 @@ def test_what_is_no_layout_is_refused(text):
 )  # fmt: skip
 def test_the_own_mesh_of_a_config_is_shrunk_where_it_must_be(options, own):
   assert layouts.name(layouts.own(ref.config(options))) == own
+
+
+PIPELINE = ["mesh.expert=2", "mesh.pipeline=2", "mesh.fsdp=2"]
+
+
+@pytest.mark.parametrize(
+  ("overrides", "text"),
+  [
+    ([], "fsdp=2 expert=2 tensor=2"),
+    (PIPELINE, "pipeline=2 fsdp=2 expert=2"),
+    ([*PIPELINE, "mesh.slices=2", "run.simulated_devices=16"], "pipeline=2 data=2 fsdp=2 expert=2 over 2 slices"),
+    (["mesh.slices=2", "mesh.dcn.pipeline=2"], "pipeline=2 fsdp=2 expert=2 over 2 slices"),
+  ],
+)
+def test_the_config_with_experts_has_the_meshes_that_it_names(overrides, text):
+  config = config_lib.load("configs/tiny_moe.py", [tuple(o.split("=")) for o in overrides])
+  shape = mesh.resolve(config.mesh, config.run.simulated_devices, max(1, config.mesh.slices))
+  assert str(shape) == text
+  table = rules.make(config.sharding, shape.sizes, shape.slices)
+  Program(config, check.VOCAB, None, table).check(config.data.batch_size, config.data.length)
 
 
 # ---- the command

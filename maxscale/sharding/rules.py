@@ -102,11 +102,13 @@ class Rules:
         if axis in used and self.sizes[axis] > 1:
           raise ConfigError(f"{where}: mesh axis {axis!r} is used by both {used[axis]!r} and {name!r}")
         used[axis] = name
-      if size % self.factor(name, role):
-        rule = " * ".join(f"{a}={self.sizes[a]}" for a in self.axes(name or "", role))
+      factor = self.factor(name, role)
+      if size % factor:
+        rule = " * ".join(f"{a}={self.sizes[a]}" for a in self.split(name or "", role))
         raise ConfigError(
           f"{where}: {name}={size} is not divisible by {rule}; change the mesh, the rule sharding.{role}.{name}, "
-          f"or {PADDING.get(name or '', f'make {name} a multiple of {self.factor(name, role)}')}"
+          f"or {PADDING.get(name or '', f'make {name} a multiple of {factor}')}; the nearest {name} that fits: "
+          f"{' or '.join(str(n) for n in (size // factor * factor, -(-size // factor) * factor) if n)}"
         )
 
 
