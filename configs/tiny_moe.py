@@ -3,10 +3,10 @@
     python -m maxscale.train --config configs/tiny_moe.py
 
 8 simulated CPU devices (expert=2, fsdp=2, tensor=2); a few minutes on 2 cores, to a held-out loss of 1.53 nats a token.
-The same run, to rounding, as a pipeline, and then on two simulated slices of 8 devices, too:
+The same run, to rounding, as a pipeline, and then with its stages on two simulated slices:
 
     ... --config.mesh.expert=2 --config.mesh.pipeline=2 --config.mesh.fsdp=2
-    ... and with these also --config.mesh.slices=2 --config.run.simulated_devices=16
+    ... and with these also --config.mesh.slices=2
 """
 
 from maxscale.config import default

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,8 +29,6 @@ BATCH, LENGTH, VOCAB, LAYERS = 16, 64, 125, 4  # of the copy: every factor of 2 
 LOSS, GRADIENT = 1e-5, 1e-4  # largest errors that are equal; they are relative
 FLOOR = 1e-3  # a gradient smaller than this fraction of all gradients is compared with that fraction
 MARGIN = 1e-4  # of the router: rounding must not change what a token chooses
-# LLVM would optimise each program for longer than it runs.
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,20 +46,15 @@ def main(argv: list[str] | None = None) -> int:
       if layouts.devices(layout) > layouts.DEVICES:
         raise ConfigError(f"--mesh {layouts.name(layout)} needs {layouts.devices(layout)} devices; {layouts.DEVICES} are "
                           "simulated, and a factor of 2 shows what a larger one would")  # fmt: skip
-    quick_compile()
     from maxscale import environment
 
+    environment.quick_compile()
     environment.prepare(small)
     environment.devices(small)
     return run(small, wanted, say(config, small))
   except UserError as e:
     print(f"{parser.prog}: {e}", file=sys.stderr)
     return e.exit_code
-
-
-def quick_compile() -> None:
-  """Makes XLA compile for a CPU in a fraction of the time, if it has not started yet; values change by rounding."""
-  os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
 # ---- the copy

@@ -11,6 +11,7 @@ The config is the same in every process of a run; what differs between them is i
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import sys
@@ -46,6 +47,18 @@ def prepare(config: Config) -> None:
   os.environ["XLA_FLAGS"] = " ".join([*own.split(), *flags])
   os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"  # between processes; inside one there is none to choose
+
+
+def quick_compile() -> None:
+  """Before JAX is imported: XLA compiles for a CPU in a fraction of the time, to slower code; values change by rounding.
+
+  For comparisons and tests, which compile more than they compute.
+  """
+  flags = ["--xla_backend_optimization_level=0"]
+  if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # newer ones abort on the flag
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+  own = os.environ.get("XLA_FLAGS", "").split()
+  os.environ["XLA_FLAGS"] = " ".join([*(f for f in flags if f not in own), *own])
 
 
 def place() -> tuple[int, int]:

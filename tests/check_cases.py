@@ -18,8 +18,6 @@ from maxscale.sharding import context, layouts, pipeline
 from maxscale.step import Program
 from tests.models import reference as ref
 
-check.quick_compile()
-
 
 @functools.cache
 def right(family):

@@ -6,10 +6,12 @@ import re
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-own = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
-# Tests compile more than they compute: LLVM's optimisations, which change no value beyond rounding, double their time.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {own}".strip()
-
+own = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\S+", "", own).strip()
 ROOT = str(pathlib.Path(__file__).parents[1])
 if ROOT not in sys.path:  # `pytest` alone; `python -m pytest` adds it itself
   sys.path.insert(0, ROOT)
+
+from maxscale import environment  # noqa: E402
+
+environment.quick_compile()

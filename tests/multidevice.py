@@ -18,6 +18,8 @@ import subprocess
 import sys
 import traceback
 
+import maxscale.environment
+
 ROOT = pathlib.Path(__file__).parents[1]
 DEVICES = 8
 
@@ -40,7 +42,6 @@ def run(module: str) -> dict[str, str | None]:
 def environment(devices: int = DEVICES, **more: str) -> dict[str, str]:
   """The environment of a process that simulates so many CPU devices."""
   flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_collective_call_terminate_timeout_seconds=600"
-  flags += " --xla_backend_optimization_level=0"  # as in conftest.py
   return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **more}
 
 
@@ -59,6 +60,7 @@ def check(results: dict[str, str | None], name: str) -> None:
 
 def main(module: str) -> None:
   os.environ.update(environment())  # before anything imports JAX
+  maxscale.environment.quick_compile()
   cases, results = importlib.import_module(module), {}
   for name in names(module):
     try:

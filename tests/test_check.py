@@ -150,7 +150,7 @@ PIPELINE = ["mesh.expert=2", "mesh.pipeline=2", "mesh.fsdp=2"]
   ],
 )
 def test_the_config_with_experts_has_the_meshes_that_it_names(overrides, text):
-  config = config_lib.load("configs/tiny_moe.py", [tuple(o.split("=")) for o in overrides])
+  config = config_lib.load(f"{multidevice.ROOT}/configs/tiny_moe.py", [tuple(o.split("=")) for o in overrides])
   shape = mesh.resolve(config.mesh, config.run.simulated_devices, max(1, config.mesh.slices))
   assert str(shape) == text
   table = rules.make(config.sharding, shape.sizes, shape.slices)
@@ -185,7 +185,7 @@ def test_the_command_says_that_a_mesh_is_equal():
   ],
 )
 def test_a_wrong_config_is_one_message(capsys, arguments, message):
-  assert check.main(["--config", "configs/tiny.py", *arguments]) == 2
+  assert check.main(["--config", f"{multidevice.ROOT}/configs/tiny.py", *arguments]) == 2
   out, err = capsys.readouterr()
   assert not out and message in err and err.count("\n") == 1
 

@@ -63,7 +63,7 @@ def _whole(mesh: Mesh, devices: int, slices: int) -> MeshShape | None:
   if slices == 1 or mesh.dcn != Dcn():
     return None
   try:
-    sizes = dict(zip(MESH_AXES, _fill("mesh", mesh, devices, "devices")))
+    sizes: dict[str, int] = dict(zip(MESH_AXES, _fill("mesh", mesh, devices, "devices")))
   except ConfigError:
     return None
   across = next((axis for axis in ("data", "pipeline") if sizes[axis] % slices == 0), None)

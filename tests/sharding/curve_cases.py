@@ -19,8 +19,6 @@ from tests.models import reference as ref
 STEPS = 20
 metrics_of = Program._metrics
 
-check.quick_compile()
-
 
 def with_counts(self, step, total, sums, *rest):
   """The metrics of a step, and the tokens of each expert of each layer."""

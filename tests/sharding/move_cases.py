@@ -38,29 +38,29 @@ def logical(program, state):
   return out
 
 
-def step(program, state, seed):
-  state, metrics = program.train()(state, ref.place(program, ref.batch(16, seed=seed)))
-  return state, float(metrics["loss"])
-
-
 def moved(family, layouts):
   """Train two steps in each layout, save, restore in each other one, and take the third step there."""
   programs = [ref.program({**ref.FAMILIES[family], **BASE, **layout}, 8) for layout in layouts]
-  losses, saved = {}, {}
+  losses, saved, trains = {}, {}, [program.train() for program in programs]
+
+  def step(i, state, seed):
+    state, metrics = trains[i](state, ref.place(programs[i], ref.batch(16, seed=seed)))
+    return state, float(metrics["loss"])
+
   for i, program in enumerate(programs):
     state = ref.initial(program)
     for seed in (0, 1):
-      state, _ = step(program, state, seed)
+      state, _ = step(i, state, seed)
     saved[i] = tempfile.mkdtemp(), logical(program, state)
     saver = Checkpointer(saved[i][0], 3, 0, 600.0, lambda *a, **k: None)
     saver.save(2, state, leaves(program), Meta(program.config.hash, to_json(program.config), "{}"))
     saver.close()
-    losses[i, i] = step(program, state, 2)[1]
+    losses[i, i] = step(i, state, 2)[1]
   for i, k in itertools.permutations(range(len(programs)), 2):
     found = restore(saved[i][0], leaves(programs[k]))
     for path, value in logical(programs[k], found.state).items():
       np.testing.assert_array_equal(value, saved[i][1][path], f"{layouts[i]} -> {layouts[k]}: {path}")
-    losses[i, k] = step(programs[k], found.state, 2)[1]
+    losses[i, k] = step(k, found.state, 2)[1]
     assert abs(losses[i, k] - losses[i, i]) < 2e-6 * losses[i, i], f"{layouts[i]} -> {layouts[k]}: {losses}"
 
 
