@@ -92,7 +92,7 @@ def devices(config: Config) -> list[Any]:
   distributed.join()
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.run.compile_cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   return jax.devices()
 
 

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxscale.config import MESH_AXES, Config, ConfigError, Mesh, Remat, Sharding, nearest_divisors
+from maxscale.config import (
+  MESH_AXES,
+  Config,
+  ConfigError,
+  Mesh,
+  Remat,
+  Sharding,
+  check_experts,
+  check_stages,
+  nearest_divisors,
+)
 from maxscale.models import attention, decoder, loss, module, remat
 from maxscale.models.module import ParamSpec, Tree
 from maxscale.models.parts import Dropout, Shape
@@ -94,10 +104,8 @@ class Program:
       ConfigError: names the array, the sizes and what to change.
     """
     s, m = self.shape, self.config.sharding.microbatches
-    self._check_stages()
-    if self.rules.factor("experts", "compute") > max(1, s.E):
-      raise ConfigError(f"mesh.expert={self.rules.factor('experts', 'compute')} is more than model.experts={s.E}; lower "
-                        "mesh.expert, and give its devices to mesh.fsdp")  # fmt: skip
+    check_stages(self.config, self.schedule.stages)
+    check_experts(self.config, "mesh.expert", self.rules.factor("experts", "compute"))
     audit.check(self.infos(), self.rules, self.config.sharding.replicated_limit)
     check, parts = functools.partial(self.rules.check, role="compute"), self.rules.factor("length", "compute")
     sequence.order(length, parts, attention.balanced(self.config.sharding.context))
@@ -111,23 +119,6 @@ class Program:
         f"sharding.context=ulysses exchanges heads along context: {heads} heads and {kv} key and value heads of a "
         f"device do not divide over mesh.context={parts}; use sharding.context=ring, or mesh.context of "
         f"{nearest_divisors(kv, parts)}"
-      )
-
-  def _check_stages(self) -> None:
-    p, v, m = self.schedule.stages, self.schedule.repeats, self.schedule.microbatches
-    layers = self.shape.L
-    if p == 1 and v > 1:
-      raise ConfigError(f"sharding.repeats={v} is for a pipeline, and mesh.pipeline is 1; set sharding.repeats=1")
-    if layers % (p * v):
-      raise ConfigError(
-        f"model.layers={layers} is not divisible by mesh.pipeline={p} * sharding.repeats={v}; mesh.pipeline could be "
-        f"{nearest_divisors(max(1, layers // v), p)}, or model.layers {layers // (p * v) * p * v or p * v} or "
-        f"{-(-layers // (p * v)) * p * v}"
-      )
-    if m < p or (v > 1 and m % p):
-      need = f"at least mesh.pipeline={p}" + (" and a multiple of it where sharding.repeats > 1" if v > 1 else "")
-      raise ConfigError(
-        f"sharding.microbatches={m} must be {need}, so that every stage has work; set it to {-(-m // p) * p}"
       )
 
   # ---- the programs
