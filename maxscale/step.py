@@ -222,8 +222,9 @@ class Program:
     )
     sums = {"nll": context.token_sum(head_sums["nll"], residual=False)}
     if stage_sums:
+      dropped = context.token_sum(stage_sums.pop("dropped").sum(), residual=False)  # it counts tokens inside a block
       stage_sums = context.token_sum(stage_sums, residual=True)  # [layers of this stage, ...]
-      sums |= {k: context.psum(stage_sums[k].sum(), "layers") for k in ("balance_loss", "dropped")}
+      sums |= context.psum({"balance_loss": stage_sums["balance_loss"].sum(), "dropped": dropped}, "layers")
       sums["expert_tokens"] = stage_sums["expert_tokens"]
     if not gradients:
       return None, total, sums

@@ -8,9 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from maxscale.models import remat
 from maxscale.sharding import context as sharding
 
 Names = tuple[str | None, ...]
@@ -39,7 +37,7 @@ class Weight:
   def of(cls, w: jax.Array, names: Names, dtype: Any, grad_dtype: str) -> Weight:
     """Casts first, so that FSDP gathers the narrow type: once for forward, once for recomputation and backward."""
     used = sharding.gather_param(w.astype(dtype), names)
-    return cls(jax.lax.stop_gradient(checkpoint_name(used, remat.WEIGHT)), w, names, grad_dtype)
+    return cls(jax.lax.stop_gradient(used), w, names, grad_dtype)
 
   def residual(self) -> Weight:
     """What a backward pass keeps: of the master only its dtype, or float32 weights would be kept a second time."""

@@ -10,7 +10,6 @@ from maxscale.config import ConfigError, Remat
 
 # Every name that a layer gives to an activation (`jax.ad_checkpoint.checkpoint_name`), in order of computation.
 NAMES = ("query", "key", "value", "attention", "attention_out", "router", "gate", "up", "mlp_out")
-WEIGHT = "weight"  # a parameter gathered for use: never kept, whatever the policy, or FSDP would hold every layer whole
 PRESETS: dict[str, tuple[str, ...]] = {
   "full": (),
   "attention": ("attention",),
@@ -45,9 +44,8 @@ def wrap(f: Callable, actions: dict[str, str] | None, gathers: bool) -> Callable
 
   if actions is None and not gathers:
     return f  # every kept value passes a barrier: not where nothing is to be left out
-  if actions is None:
-    everything = jax.checkpoint_policies.save_anything_except_these_names(WEIGHT)
-    return jax.checkpoint(f, policy=everything, prevent_cse=False)
+  if actions is None:  # all but gathered parameters, which would be every layer whole
+    actions = dict.fromkeys(NAMES, "keep")
   keep = [n for n, a in actions.items() if a == "keep"]
   offload = [n for n, a in actions.items() if a == "offload"]
   policy: Any = jax.checkpoint_policies.save_and_offload_only_these_names(

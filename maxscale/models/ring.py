@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from maxscale.sharding import context as sharding
+
 custom_vjp: Any = jax.custom_vjp  # its own type loses the signature behind a partial
 HIDDEN = -1e30  # logit of a key that a query does not see: finite, so that no difference of two is NaN
 
@@ -49,7 +51,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_
              axes: tuple[str, ...], parts: int, forward: Callable, backward: Callable) -> Any:  # fmt: skip
   del backward
   queries, keys = (q, q_segments), (k, v, k_segments)
-  send, halves = functools.partial(_send, axes, parts), _halves(queries)
+  send, halves = functools.partial(sharding.around, axes=axes, step=1), _halves(queries)
 
   def step(so_far: Any, keys: Any, arriving: Any, j: Any) -> Any:
     half = _half(axes, j)
@@ -77,7 +79,7 @@ def _backward(axes: tuple[str, ...], parts: int, forward: Callable, backward: Ca
   del forward
   q, k, v, q_segments, k_segments, o, lse = residuals
   queries, keys = (q, q_segments, o, lse, do), (k, v, k_segments)
-  send, halves = functools.partial(_send, axes, parts), _halves(queries)
+  send, halves = functools.partial(sharding.around, axes=axes, step=1), _halves(queries)
 
   def step(gradients: Any, keys: Any, arriving: Any, j: Any) -> Any:
     half, (dq, *dkv) = _half(axes, j), gradients
@@ -101,12 +103,6 @@ def _backward(axes: tuple[str, ...], parts: int, forward: Callable, backward: Ca
 
 
 ring.defvjp(_forward, _backward)
-
-
-def _send(axes: tuple[str, ...], parts: int, tree: Any) -> Any:
-  """To the next device of the ring; what the one before sent."""
-  around = [(i, (i + 1) % parts) for i in range(parts)]
-  return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, around), tree)
 
 
 def _half(axes: tuple[str, ...], j: Any) -> jax.Array:

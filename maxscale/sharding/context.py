@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
@@ -226,8 +228,18 @@ def from_stage(x: Any, which: int) -> Any:
 
 def to_next_stage(x: Any, step: int) -> Any:
   """Each stage's x to the stage `step` (1 or -1) further on, around the ring."""
-  axes, n = mesh_axes("layers"), stages()
+  return around(x, mesh_axes("layers"), step)
+
+
+def around(x: Any, axes: tuple[str, ...], step: int) -> Any:
+  """x to the device `step` further on around the ring that these mesh axes are, the first of them outermost."""
   if not axes:
     return x
-  pairs = [(i, (i + step) % n) for i in range(n)]
+  active = _active.get()
+  assert active is not None
+  # ppermute numbers devices in the order of the mesh, whatever the order of its axes (seen in jax 0.10.2)
+  in_mesh = [axis for axis in active[0].axis_names if axis in axes]
+  numbers = np.arange(math.prod(active[1].sizes[a] for a in axes)).reshape([active[1].sizes[a] for a in in_mesh])
+  ring = numbers.transpose([in_mesh.index(axis) for axis in axes]).reshape(-1)
+  pairs = list(zip(ring.tolist(), np.roll(ring, -step).tolist()))
   return jax.tree.map(lambda a: lax.ppermute(a, axes, pairs), x)

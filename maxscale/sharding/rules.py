@@ -157,6 +157,15 @@ def _check_roles(rules: Rules) -> None:
       raise ConfigError(f"sharding.compute.{name}={_text(rules.split(name, 'compute'))}: operations need all of "
                         f"{name}; split it in sharding.param or sharding.state instead")  # fmt: skip
   tokens = {a for name in TOKENS for a in rules.split(name, "compute")}
+  both = tokens.intersection(rules.split("layers", "compute"))
+  if both:
+    raise ConfigError(f"sharding.compute.layers makes stages along {_text(sorted(both))}, along which tokens are split, "
+                      "too: a stage would work on other tokens than the one before; take it from one of them")  # fmt: skip
+  for name in ("layers", "norm"):
+    if rules.split(name, "param") != rules.split(name, "compute"):
+      raise ConfigError(f"sharding.param.{name}={_text(rules.split(name, 'param'))} is not sharding.compute.{name}="
+                        f"{_text(rules.split(name, 'compute'))}: it is not gathered for use; split it in sharding.state, "
+                        "which is gathered once a step")  # fmt: skip
   for role in ("param", "state"):
     for name in PARAM:
       more = set(rules.split(name, role)) - set(rules.split(name, "compute")) - tokens
