@@ -32,7 +32,8 @@ def experts(
   first by (device of the token, expert, token). A factor of P drops nothing, whatever the router does.
 
   Args:
-    x: [M, D], tokens of this device. gates: [M, A], float. ids: int32 [M, A], experts of each token, in [0, E).
+    x: [M, D], tokens of this device. gates: [M, A], float. ids: int32 [M, A], experts of each token, in [0, E);
+      where experts are split -1 is none, and takes no room.
     weights: gate, up: [E/P, D, F]; down: [E/P, F, D], used in the dtype of x.
     factor: R over the rows of a device when all experts are chosen equally often, at least 1.
 
@@ -40,10 +41,12 @@ def experts(
     y [M, D] in the dtype of x, a partial sum over the devices along `mlp`; and
     dropped: int32 [], how many of the M * A choices of this device's tokens did not fit.
   """
-  choices, copies, parts = ids.reshape(-1), ids.shape[-1], sharding.parts("experts")
+  copies, parts = ids.shape[-1], sharding.parts("experts")
+  total = parts * weights[0].used.shape[0]
+  choices = jnp.where(ids < 0, total, ids).reshape(-1)  # those of no expert are sorted behind all others
   order = jnp.argsort(choices, stable=True)
   inverse = jnp.argsort(order)
-  counts = jnp.bincount(choices, length=parts * weights[0].used.shape[0]).astype(jnp.int32)
+  counts = jnp.bincount(choices, length=total).astype(jnp.int32)
   if parts == 1:
     rows, row_gates = _spread(x, order, inverse, copies), _spread(gates.reshape(-1), order, inverse, 1)
     y = _mlp(rows, row_gates, counts, weights)
@@ -52,7 +55,7 @@ def experts(
   there, back, sizes = _routes(jax.lax.all_gather(counts, sharding.mesh_axes("experts")), room)
   # A choice that is not sent has no place among the rows that come back; `_gather` reads zeros for it.
   first, sent = there[:2]
-  inverse = jnp.where(inverse < (first + sent)[choices], inverse, choices.size)
+  inverse = jnp.where((choices < total) & (inverse < (first + sent)[choices]), inverse, choices.size)
   rows, row_gates = _spread(x, order, inverse, copies), _spread(gates.reshape(-1), order, inverse, 1)
   rows, row_gates = (_to_experts(v, there, back, choices.size, room) for v in (rows, row_gates))
   y = _mlp(rows, row_gates, sizes, weights)

@@ -179,6 +179,8 @@ class MoE(Weights):
     gates, own_ids = jax.lax.top_k(probs, s.A)
     gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
     x_btd, gates, ids = (sharding.gather(v, "mlp") for v in (x_btd, gates, own_ids))
+    if sharding.parts("experts") > 1:  # padding must not take the room of tokens
+      ids = jnp.where(sharding.gather(valid_bt, "mlp")[..., None], ids, -1)
     weights = [self.weight(w, x_btd.dtype) for w in (self.gate, self.up, self.down)]
     rows, choices = x_btd.reshape(-1, s.D), (-1, s.A)
     y, dropped = experts.experts(rows, gates.reshape(choices), ids.reshape(choices), weights, s.buffer)

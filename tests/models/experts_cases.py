@@ -146,6 +146,20 @@ def case_balanced_rows_fit_exactly():
   assert not check({"expert": 8}, inputs(8 * M, ids=ids), 1.0).any()
 
 
+def case_choices_of_no_expert_take_no_room():
+  """Every second token is padding; the rest fill the room of the first device to the last row."""
+  ids = np.tile([0, 1], (2 * M, 1))
+  ids[::2] = -1
+  args = inputs(2 * M, ids=ids)
+  fits = fitting(args[2], 2, 1.0)
+  assert fits.sum() == 2 * M and (fits == (ids >= 0)).all()
+  y, dropped, dx, dgates, dweights = split({"expert": 2}, args, 1.0)
+  assert not dropped.any()
+  for a, b in zip((y, dx, dgates, *dweights), jax.tree.leaves(plain(args, fits))):
+    ref.assert_close(a, np.asarray(b), 1e-5)
+  assert not y[::2].any() and not dx[::2].any()
+
+
 def case_rows_that_nobody_filled_change_nothing():
   """With the most careless kernel: it leaves garbage in those rows, and reads them for the gradient of the weights."""
   real = kernels.grouped_matmul
