@@ -580,45 +580,5 @@ def _check_mesh(config: Config) -> None:
     sizes = {axis: getattr(node, axis) for axis in MESH_AXES}
     for axis, size in sizes.items():
       _require(size == -1 or size >= 1, f"{group}.{axis}={size} must be at least 1, or -1 for what is left")
-    check_experts(config, f"{group}.expert", sizes["expert"])
     unknown = [axis for axis, size in sizes.items() if size == -1]
     _require(len(unknown) < 2, f"only one of {' and '.join(f'{group}.{a}' for a in unknown)} can be -1")
-  if config.mesh.pipeline >= 1 and config.mesh.dcn.pipeline >= 1:
-    check_stages(config, config.mesh.pipeline * config.mesh.dcn.pipeline)
-
-
-def check_experts(config: Config, option: str, devices: int) -> None:
-  """Refuses more devices along `expert` than there are experts: padding would fill some with experts of no use.
-
-  Raises:
-    ConfigError: says which number would do.
-  """
-  experts = config.model.experts
-  _require(
-    devices <= max(1, experts),
-    f"{option}={devices} is more than model.experts={experts}; lower it to {max(1, experts)} or less, and give its "
-    "devices to mesh.fsdp",
-  )
-
-
-def check_stages(config: Config, stages: int) -> None:
-  """Refuses a pipeline of so many stages that the layers or microbatches cannot fill.
-
-  Raises:
-    ConfigError: says which numbers would do.
-  """
-  layers, v, m = config.model.layers, config.sharding.repeats, config.sharding.microbatches
-  chunks = stages * v
-  _require(stages > 1 or v == 1, f"sharding.repeats={v} is for a pipeline, and mesh.pipeline is 1; set it to 1")
-  _require(
-    layers % chunks == 0,
-    f"model.layers={layers} is not divisible by mesh.pipeline={stages} * sharding.repeats={v}; mesh.pipeline could be "
-    f"{nearest_divisors(max(1, layers // v), stages)}, or model.layers "
-    f"{' or '.join(str(n) for n in (layers // chunks * chunks, -(-layers // chunks) * chunks) if n)}",
-  )
-  _require(
-    m >= stages and (v == 1 or m % stages == 0),
-    f"sharding.microbatches={m} must be at least mesh.pipeline={stages}"
-    + (" and a multiple of it where sharding.repeats > 1" if v > 1 else "")
-    + f", so that every stage has work; set it to {-(-m // stages) * stages}",
-  )

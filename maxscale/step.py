@@ -19,8 +19,6 @@ from maxscale.config import (
   Mesh,
   Remat,
   Sharding,
-  check_experts,
-  check_stages,
   nearest_divisors,
 )
 from maxscale.models import attention, decoder, loss, module, remat
@@ -104,8 +102,11 @@ class Program:
       ConfigError: names the array, the sizes and what to change.
     """
     s, m = self.shape, self.config.sharding.microbatches
-    check_stages(self.config, self.schedule.stages)
-    check_experts(self.config, "mesh.expert", self.rules.factor("experts", "compute"))
+    self._check_stages()
+    experts = self.rules.factor("experts", "compute")
+    if experts > max(1, s.E):
+      raise ConfigError(f"mesh.expert={experts} is more than model.experts={s.E}; lower it to {max(1, s.E)}, and give its "
+                        "devices to mesh.fsdp")  # fmt: skip
     audit.check(self.infos(), self.rules, self.config.sharding.replicated_limit)
     check, parts = functools.partial(self.rules.check, role="compute"), self.rules.factor("length", "compute")
     sequence.order(length, parts, attention.balanced(self.config.sharding.context))
@@ -120,6 +121,26 @@ class Program:
         f"device do not divide over mesh.context={parts}; use sharding.context=ring, or mesh.context of "
         f"{nearest_divisors(kv, parts)}"
       )
+
+  def _check_stages(self) -> None:
+    p, v, m, layers = self.schedule.stages, self.schedule.repeats, self.schedule.microbatches, self.shape.L
+    if p == 1 and v > 1:
+      raise ConfigError(f"sharding.repeats={v} is for a pipeline, and mesh.pipeline is 1; set sharding.repeats=1")
+    if layers % (p * v):
+      near = [n for n in (layers // (p * v) * p * v, -(-layers // (p * v)) * p * v) if n]
+      raise ConfigError(
+        f"model.layers={layers} is not divisible by mesh.pipeline={p} * sharding.repeats={v}; mesh.pipeline could be "
+        f"{nearest_divisors(max(1, layers // v), p)}, or model.layers {' or '.join(map(str, near))}"
+      )
+    if m < p or (v > 1 and m % p):
+      need = f"at least mesh.pipeline={p}" + (" and a multiple of it where sharding.repeats > 1" if v > 1 else "")
+      raise ConfigError(
+        f"sharding.microbatches={m} must be {need}, so that every stage has work; set it to {-(-m // p) * p}"
+      )
+    actions = remat.table(self.config.remat)
+    if p > 1 and actions and "offload" in actions.values():
+      raise ConfigError("remat.table offloads to host memory, and what a pipeline keeps for its backward stays in a ring "
+                        "on the device; use keep or recompute, or mesh.pipeline=1")  # fmt: skip
 
   # ---- the programs
 
@@ -252,8 +273,9 @@ class Program:
 
   def _pieces(self, step: jax.Array | None, scale: jax.Array) -> pipeline.Pieces:
     c = self.config
+    # Parameters ready for use are not to be kept: gathered they are whole, and a pipeline would keep them for each unit.
     gathers = any(self.rules.split(n, "param") != self.rules.split(n, "compute") for n in self.rules.tables["param"])
-    wrap = functools.partial(remat.wrap, actions=remat.table(c.remat), gathers=gathers)
+    wrap = functools.partial(remat.wrap, actions=remat.table(c.remat), drop_weights=gathers or self.schedule.stages > 1)
     spec = loss.LossSpec(self.vocab_size, c.loss.z_loss, c.loss.chunk)
 
     def embed(outer: Tree, part: Tree) -> jax.Array:

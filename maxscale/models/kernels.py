@@ -56,7 +56,7 @@ def matmul(spec: str, x: jax.Array, w: Weight) -> jax.Array:
 
 
 def _precision(x: jax.Array) -> jax.lax.Precision | None:
-  """float32 means float32: a TPU would otherwise multiply in one pass of bfloat16."""
+  """Of products with parameters: float32 means float32. A TPU would otherwise multiply in one pass of bfloat16."""
   return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 

@@ -38,13 +38,13 @@ def table(remat: Remat) -> dict[str, str] | None:
   return out
 
 
-def wrap(f: Callable, actions: dict[str, str] | None, gathers: bool) -> Callable:
-  """f with the policy of the table; None keeps all activations. `gathers`: parameters are gathered for use."""
+def wrap(f: Callable, actions: dict[str, str] | None, drop_weights: bool) -> Callable:
+  """f with the policy of the table. None keeps everything, or with `drop_weights` every activation that has a name."""
   import jax
 
-  if actions is None and not gathers:
+  if actions is None and not drop_weights:
     return f  # every kept value passes a barrier: not where nothing is to be left out
-  if actions is None:  # all but gathered parameters, which would be every layer whole
+  if actions is None:  # a policy that leaves out weights alone keeps what they are made of
     actions = dict.fromkeys(NAMES, "keep")
   keep = [n for n, a in actions.items() if a == "keep"]
   offload = [n for n, a in actions.items() if a == "offload"]

@@ -36,6 +36,7 @@ class Transfer:
     times: executions in a step; a branch of a conditional counts as taken.
     depth: loops around it.
     dcn: it goes from slice to slice.
+    grouped: it was asked for within slices or across them.
   """
 
   kind: str
@@ -45,6 +46,7 @@ class Transfer:
   times: int
   depth: int
   dcn: bool = False
+  grouped: bool = False
 
   @property
   def total(self) -> int:
@@ -67,7 +69,7 @@ def _walk(jaxpr: Any, times: int = 1, depth: int = 0) -> Iterator[Transfer]:
         size = math.prod(var.aval.shape) * var.aval.dtype.itemsize
         groups = params.get("axis_index_groups")
         dcn = groups is not None and groups[0][1] != groups[0][0] + 1  # context.py groups by slice, or across them
-        yield Transfer(KINDS[name], axes, str(var.aval.dtype), size, times, depth, dcn)
+        yield Transfer(KINDS[name], axes, str(var.aval.dtype), size, times, depth, dcn, groups is not None)
     loop = name in ("scan", "while")
     for inner in inner_jaxprs(params.values()):
       yield from _walk(inner, times * params["length"] if name == "scan" else times, depth + loop)
@@ -76,22 +78,24 @@ def _walk(jaxpr: Any, times: int = 1, depth: int = 0) -> Iterator[Transfer]:
 def by_slices(found: list[Transfer], rules: Rules) -> list[Transfer]:
   """The transfers as the TPU compiler carries them out on several slices: each inside a slice, or from slice to slice.
 
-  A sum over an axis of both kinds is scattered inside, summed across, and gathered inside; a gather goes across first.
+  A sum over an axis of both kinds is scattered inside, summed across, and gathered inside; a scatter sums inside first;
+  a gather goes across first. What is grouped by slices already stays as it is.
   """
   out = []
   for t in found:
     across = math.prod(rules.slices.get(a, 1) for a in t.axes)
     inside = math.prod(rules.sizes[a] for a in t.axes) // across
-    if across == 1 or t.dcn or (t.kind == "reduce-scatter" and inside > 1):  # context.py has parted the last already
+    part = dataclasses.replace(t, bytes=t.bytes // inside, dcn=True)
+    if across == 1 or t.grouped:
       out.append(t)
-    elif inside == 1:
-      out.append(dataclasses.replace(t, dcn=True))
+    elif inside == 1 or t.kind not in ("all-reduce", "reduce-scatter", "all-gather"):
+      out.append(dataclasses.replace(t, dcn=True))  # of a permutation or exchange, at most all
     elif t.kind == "all-reduce":
-      out.append(dataclasses.replace(t, kind="reduce-scatter"))
-      out.append(dataclasses.replace(t, bytes=t.bytes // inside, dcn=True))
-      out.append(dataclasses.replace(t, kind="all-gather"))
+      out += [dataclasses.replace(t, kind="reduce-scatter"), part, dataclasses.replace(t, kind="all-gather")]
+    elif t.kind == "reduce-scatter":
+      out += [dataclasses.replace(t, kind="all-reduce"), part]
     else:
-      out += [dataclasses.replace(t, bytes=t.bytes // inside, dcn=True), t]
+      out += [part, t]
   return out
 
 

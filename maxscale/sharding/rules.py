@@ -9,7 +9,7 @@ For a dimension of a parameter, each role's mesh axes begin with those of the ro
 to compute only gathers, and the gradient's way back only reduces and scatters.
 
 An array is described by the names of its dimensions; nothing is sharded, or left replicated, by anything else. The
-same tables serve dense and mixture-of-experts models: an axis that no array has does nothing.
+same tables serve dense and mixture-of-experts models: the rule of an axis that no array has does nothing.
 """
 
 from __future__ import annotations
@@ -205,6 +205,8 @@ def _text(axes: Sequence[str]) -> str:
 def _merge(role: str, base: Table, own: Mapping[str, Any]) -> Table:
   out = dict(base)
   for name, axes in own.items():
+    if not isinstance(axes, str | list | tuple | None):
+      raise ConfigError(f"sharding.{role}.{name}={axes!r} must be a mesh axis or a list of them")
     axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
     if name not in base:
       raise ConfigError(f"sharding.{role}.{name}: no array has that logical axis; known: {', '.join(sorted(base))}")

@@ -39,6 +39,8 @@ def test_the_default_rules_are_accepted():
     ({"embed": "tensor"}, r"sharding.compute.embed=\['tensor'\]: operations need all of embed|does not begin"),
     ({"kv_heads": None}, "residual_length splits sequences over .*'tensor'.*, but kv_heads is not"),
     ({"kv_heads": None, "residual_length": []}, "sharding.param.kv_heads splits it over .*along which"),
+    ({"layers": ["fsdp"]}, "does not begin with|makes stages along .*'fsdp'"),
+    ({"mlp": 3}, "sharding.compute.mlp=3 must be a mesh axis or a list of them"),
     ({"batch": ["data"]}, r"sharding.param.embed splits it over \['fsdp'\], along which devices hold the same tokens"),
   ],
 )
@@ -80,3 +82,17 @@ def test_slices_of_real_tpus_are_not_simulated():
   with pytest.raises(ConfigError, match=r"mesh\.slices=2, but these TPU devices are in 1; set mesh\.slices=0"):
     mesh.count_slices(devices, Mesh(slices=2))
   assert mesh.count_slices([types.SimpleNamespace(platform="cpu")] * 4, Mesh(slices=2)) == 2
+
+
+def test_what_is_gathered_by_nobody_is_refused():
+  with pytest.raises(ConfigError, match=r"sharding.param.norm=\['fsdp'\] is not sharding.compute.norm=\[\]"):
+    program(Sharding(param={"norm": "fsdp"}), fsdp=2)
+  with pytest.raises(ConfigError, match=r"makes stages along .*'data'"):
+    program(Sharding(param={"layers": ["data"]}, compute={"layers": ["data"]}), data=2)
+
+
+def test_a_pipeline_keeps_nothing_on_the_host():
+  p = program(Sharding(microbatches=2), pipeline=2)
+  remat = dataclasses.replace(p.config.remat, policy="custom", table={"gate": "offload"})
+  with pytest.raises(ConfigError, match=r"mesh\.pipeline=1"):
+    dataclasses.replace(p, config=dataclasses.replace(p.config, remat=remat)).check(8, 64)
