@@ -222,7 +222,7 @@ class _Run:
       return (loss, sums), self._as_it_is(douter), dx
 
     nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run))  # noqa: E731
-    # between two phases of backward ticks every unit that leaves chunk v - 1 is there: no condition where v is 1
+    # where v is 1 a microbatch leaves the last stage at every tick that also runs backward: no condition is needed
     always = self.gradients and s.repeats == 1
     (loss, sums), douter, dx = run() if always or self.alone else jax.lax.cond(valid, run, nothing)
     carry["head_loss"] += loss
@@ -314,7 +314,10 @@ class _Run:
     return a if self.alone else jnp.where(condition, a, b)
 
   def _when(self, condition: Any, f: Callable[[], Tree], otherwise: Tree, always: bool = True) -> Tree:
-    """f() at the ticks at which the condition holds, which are the same on every device: f may communicate."""
+    """f() at the ticks at which the condition holds, which are the same on every device: f may communicate.
+
+    `always`: where v is 1 it holds at every tick that matters, and f() is called without asking.
+    """
     if self.alone or (always and self.schedule.repeats == 1):
       return f()
     return jax.lax.cond(condition, f, lambda: otherwise)
