@@ -63,7 +63,7 @@ def run(checkout, command):
 @pytest.mark.slow
 def test_the_tour(checkout):
   for command in PYTHON:
-    done = run(checkout, command.replace("python ", f"{sys.executable} ", 1))
+    done = run(checkout, command.replace("python -m ", f"{sys.executable} -m "))
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
