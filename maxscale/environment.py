@@ -46,6 +46,9 @@ def prepare(config: Config) -> None:
       flags.append(f"--{flag}=600")
   os.environ["XLA_FLAGS"] = " ".join([*own.split(), *flags])
   os.environ["JAX_PLATFORMS"] = "cpu"
+  # A collective holds a thread until all its devices are there, and XLA may begin several that do not depend on each
+  # other, in any order: with as few threads as cores they can wait for each other forever (seen once with 8 devices).
+  os.environ.setdefault("NPROC", str(4 * devices))
   os.environ["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"  # between processes; inside one there is none to choose
 
 

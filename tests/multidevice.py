@@ -42,7 +42,8 @@ def run(module: str) -> dict[str, str | None]:
 def environment(devices: int = DEVICES, **more: str) -> dict[str, str]:
   """The environment of a process that simulates so many CPU devices."""
   flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_collective_call_terminate_timeout_seconds=600"
-  return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **more}
+  threads = str(4 * devices)  # as in maxscale/environment.py
+  return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": threads, **more}
 
 
 def fixture(module: str):
