@@ -230,7 +230,8 @@ class Program:
   def _shard(self, params: Tree, batch: Tree, step: jax.Array | None, scale: jax.Array, gradients: bool) -> Any:
     names = {path: s.names for path, s in self.skeleton.specs.items()}
     flat = {p: context.gather_param(x, names[p], "state", "param") for p, x in module.flatten(params).items()}
-    outer, stack = self._split(module.nest(flat))
+    outer = module.nest(flat)
+    stack = {"layers": outer.pop("layers")}
     m = self.config.sharding.microbatches
     # [B, ...] -> [M, B/M, ...] by striding, so that every device keeps its own rows
     parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // m, m, *x.shape[1:]).swapaxes(0, 1), self._ordered(batch))
@@ -252,10 +253,6 @@ class Program:
     flat = module.flatten({**grads[0], **grads[1]})
     complete = context.complete_gradients(flat, names, self.config.optimizer.grad_reduce_dtype)
     return module.nest(complete), total, sums
-
-  def _split(self, params: Tree) -> tuple[Tree, Tree]:
-    """(parameters outside the layers, those of the layers)."""
-    return {k: v for k, v in params.items() if k != "layers"}, {"layers": params["layers"]}
 
   def _ordered(self, batch: Tree) -> Tree:
     """This device's places of every sequence; `places` says which they are, [T] of them."""

@@ -209,11 +209,8 @@ def token_sum(x: Any, residual: bool) -> Any:
 # ---- stages
 
 
-def stages() -> int:
-  return parts("layers")
-
-
 def stage() -> jax.Array | int:
+  """Which stage of the pipeline this device is in."""
   return shard_index("layers")
 
 
