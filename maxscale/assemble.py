@@ -28,13 +28,15 @@ def build(config: Config, vocab_size: int, sampling: bool = False) -> Any:
   A program for sampling has no batch to be split, and takes the most devices that its arrays can be split over.
 
   Raises:
-    ConfigError: too few devices, or arrays that the rules cannot place.
+    ConfigError: a table of the model is wrong, there are too few devices, or arrays that the rules cannot place.
   """
   from maxscale import environment
-  from maxscale.models import remat
+  from maxscale.models import quantise, remat, rope
   from maxscale.sharding import mesh, rules
   from maxscale.step import Program
 
+  rope.check(config.model.rope_scaling)
+  quantise.check(config.model.quantize)
   devices = environment.devices(config)
   actions = remat.table(config.remat)
   if devices[0].platform == "cpu":

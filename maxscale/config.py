@@ -67,11 +67,46 @@ class Run:
   steps: int = option(1000, SCHEDULE, "optimizer steps of the whole run")
   simulated_devices: int = option(0, RUNTIME, "CPU devices to simulate; 0: use the machine's own devices")
   compile_cache: str = option("~/.cache/maxscale/xla", RUNTIME, "directory of compiled programs; empty: none")
+  init_from: str = option("", RUNTIME, "directory with the checkpoint whose parameters a new run starts from")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mla:
+  """Multi-head latent attention (DeepSeek-AI, arXiv 2405.04434); kv_rank 0: grouped-query attention instead."""
+
+  q_rank: int = option(0, IDENTITY, "width of the latent queries; 0: queries come from the residual stream")
+  kv_rank: int = option(0, IDENTITY, "width of the latent keys and values; 0: no latent attention")
+  nope_dim: int = option(128, IDENTITY, "width of a head's queries and keys without rotary embedding")
+  rope_dim: int = option(64, IDENTITY, "width of a head's rotary queries, and of the rotary key that heads share")
+  v_dim: int = option(128, IDENTITY, "width of a head's values")
+
+
+@dataclasses.dataclass(frozen=True)
+class Moe:
+  score: str = option("softmax", IDENTITY, "what makes scores of router logits", ("softmax", "sigmoid"))
+  normalise: bool = option(True, IDENTITY, "the weights of a token's experts are divided by their sum")
+  scale: float = option(1.0, IDENTITY, "the weights of a token's experts are multiplied by this")
+  groups: int = option(1, IDENTITY, "groups of experts; a token's experts come from the best of them")
+  groups_per_token: int = option(1, IDENTITY, "groups that a token's experts may come from")
+  group_score: str = option("max", IDENTITY, "score of a group: its best expert's, or its best two's", ("max", "top2"))
+  router_bias: bool = option(False, IDENTITY, "the router's logits have a bias")
+  correction: bool = option(False, IDENTITY, "a bias without gradient corrects the choice of experts, and balances it")
+  correction_rate: float = option(1e-3, SCHEDULE, "step of that bias towards balance; 0: it stays as it is")
+  shared: int = option(0, IDENTITY, "hidden width of the MLP that every token passes beside its experts; 0: none")
+  dense_layers: int = option(0, IDENTITY, "first layers that have a dense MLP instead of experts")
+  dense_mlp: int = option(0, IDENTITY, "hidden width of the MLP of those layers; 0: model.mlp")
+  capacity: float = option(
+    0.0, SCHEDULE, "tokens of a sequence that an expert takes, over the balanced number; 0: all (dropless)"
+  )
+  route: str = option(
+    "sparse", RUNTIME, "sorted rows, or every expert for every token (to compare)", ("sparse", "dense")
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
   vocab_size: int = option(0, IDENTITY, "tokens of the vocabulary; 0: the tokenizer's")
+  family: str = option("", RUNTIME, "family (models/families) whose Hugging Face form `maxscale.convert` writes")
   embed: int = option(512, IDENTITY, "width of the residual stream (D)")
   layers: int = option(8, IDENTITY, "number of layers (L)")
   heads: int = option(8, IDENTITY, "query heads (N)")
@@ -81,10 +116,37 @@ class Model:
   experts: int = option(0, IDENTITY, "experts of a layer (E); 0: a dense MLP")
   experts_per_token: int = option(2, IDENTITY, "experts that each token uses (k)")
   tied_embeddings: bool = option(False, IDENTITY, "the output head is the embedding table")
+  embedding_scale: float = option(0.0, IDENTITY, "factor of the embeddings; 0: the square root of embed")
+  max_positions: int = option(0, IDENTITY, "rows of a learned table of positions; 0: rotary embeddings")
   rope_theta: float = option(10000.0, IDENTITY, "base of the rotary embedding")
-  norm_eps: float = option(1e-6, IDENTITY, "epsilon of RMSNorm")
+  rope_local_theta: float = option(0.0, IDENTITY, "base in layers with a window, never scaled; 0: as other layers")
+  rope_scaling: dict = option(
+    {}, IDENTITY, "scaling of rotary frequencies: {type: linear | llama3 | yarn, ...} (models/rope.py)"
+  )
+  norm: str = option("rms", IDENTITY, "RMSNorm, RMSNorm with 1 + scale, or LayerNorm", ("rms", "rms_plus_one", "layer"))
+  norm_eps: float = option(1e-6, IDENTITY, "epsilon of the norms")
+  post_norms: bool = option(False, IDENTITY, "the output of each block is normalised, too")
+  parallel_block: bool = option(False, IDENTITY, "attention and MLP of a layer have the same input")
+  activation: str = option(
+    "silu", IDENTITY, "of MLPs", ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu")
+  )
+  gated: bool = option(True, IDENTITY, "MLPs have a gate beside the hidden product")
+  mlp_bias: bool = option(False, IDENTITY, "products of MLPs and experts have a bias")
+  qkv_bias: bool = option(False, IDENTITY, "queries, keys and values have a bias")
+  out_bias: bool = option(False, IDENTITY, "the output of attention has a bias")
+  qk_norm: bool = option(False, IDENTITY, "queries and keys are normalised, head by head")
+  query_scale: float = option(0.0, IDENTITY, "factor of the attention logits; 0: head_dim ** -0.5")
+  attention_softcap: float = option(0.0, IDENTITY, "attention logits are c * tanh(logits / c); 0: as they are")
+  attention_sinks: bool = option(False, IDENTITY, "each head has a learned logit that takes weight and has no value")
+  logit_softcap: float = option(0.0, IDENTITY, "output logits are c * tanh(logits / c); 0: as they are")
+  windows: tuple = option((), IDENTITY, "keys that a layer's queries see, layer after layer, repeated; 0: all")
+  window_kind: str = option("sliding", IDENTITY, "the last keys, or those of the same chunk", ("sliding", "chunked"))
+  mtp: int = option(0, IDENTITY, "modules that predict a further token each (multi-token prediction)")
+  mla: Mla = dataclasses.field(default_factory=Mla)
+  moe: Moe = dataclasses.field(default_factory=Moe)
   dropout: float = option(0.0, SCHEDULE, "dropout rate on each block's output while training")
   compute_dtype: str = option("bfloat16", SCHEDULE, "dtype of matmuls", ("float32", "bfloat16"))
+  quantize: dict = option({}, SCHEDULE, "regular expression of weight names -> int8 | fp8 | int8_tensor | fp8_tensor")
   vocab_multiple: int = option(128, RUNTIME, "the table of embeddings is padded to a multiple of this")
   kv_head_multiple: int = option(1, RUNTIME, "key and value heads are padded to a multiple of this")
   expert_multiple: int = option(1, RUNTIME, "experts are padded to a multiple of this")
@@ -95,6 +157,7 @@ class Loss:
   z_loss: float = option(1e-4, SCHEDULE, "weight of the squared log-normaliser of the output softmax")
   balance_loss: float = option(0.01, SCHEDULE, "weight of the expert balance loss, defined per sequence")
   router_z_loss: float = option(1e-3, SCHEDULE, "weight of the squared log-normaliser of the router")
+  mtp: float = option(0.1, SCHEDULE, "weight of the loss of further tokens (model.mtp)")
   chunk: int = option(0, RUNTIME, "positions whose logits exist at once; 0: chosen from the vocabulary")
 
 
@@ -133,7 +196,20 @@ def phases(data: Data) -> list[Phase]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+  """Low-rank adaptation (Hu et al., arXiv 2106.09685): the base is frozen, two thin matrices beside a weight are trained."""
+
+  rank: int = option(0, IDENTITY, "rank of the adapters; 0: everything is trained, without adapters")
+  alpha: float = option(16.0, IDENTITY, "adapters are multiplied by alpha / rank")
+  targets: str = option(".*/(query|value)", IDENTITY, "regular expression of the weights that have an adapter")
+
+
+@dataclasses.dataclass(frozen=True)
 class Optimizer:
+  name: str = option("adamw", IDENTITY, "the optimizer (optim/optimizer.py)", ("adamw", "adafactor", "lion", "muon"))
+  state_dtype: str = option(
+    "float32", IDENTITY, "dtype of the moments; int8 has a scale for each block", ("float32", "bfloat16", "int8")
+  )
   learning_rate: float = option(3e-4, SCHEDULE, "peak learning rate")
   schedule: str = option("cosine", SCHEDULE, "shape after the warm-up", ("cosine", "linear", "wsd", "constant"))
   warmup_steps: int = option(100, SCHEDULE, "steps of linear warm-up")
@@ -144,6 +220,7 @@ class Optimizer:
   eps: float = option(1e-8, SCHEDULE, "epsilon of the update")
   weight_decay: float = option(0.1, SCHEDULE, "decoupled weight decay of matrices (not of norms)")
   clip_norm: float = option(1.0, SCHEDULE, "global gradient norm is clipped to this; 0: never")
+  qk_clip: float = option(0.0, SCHEDULE, "attention logit above which a head's query and key weights shrink; 0: never")
   offload: bool = option(False, RUNTIME, "the optimizer's moments live in host memory between steps")
   grad_reduce_dtype: str = option(
     "float32", SCHEDULE, "dtype in which weight gradients are made and reduced", ("float32", "bfloat16")
@@ -212,6 +289,7 @@ class Eval:
 @dataclasses.dataclass(frozen=True)
 class Log:
   every: int = option(10, RUNTIME, "steps between lines of the terminal")
+  monitor_every: int = option(0, RUNTIME, "steps between looks at the numerics of each layer; 0: never")
   tensorboard: bool = option(True, RUNTIME, "write TensorBoard files beside metrics.jsonl")
   profile_start: int = option(0, RUNTIME, "first step of a profile; 0: none")
   profile_steps: int = option(3, RUNTIME, "steps of the profile")
@@ -226,6 +304,7 @@ class Config:
   model: Model = dataclasses.field(default_factory=Model)
   loss: Loss = dataclasses.field(default_factory=Loss)
   data: Data = dataclasses.field(default_factory=Data)
+  lora: Lora = dataclasses.field(default_factory=Lora)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   sharding: Sharding = dataclasses.field(default_factory=Sharding)
@@ -244,7 +323,19 @@ class Config:
 
   @property
   def head_dim(self) -> int:
-    return self.model.head_dim or self.model.embed // self.model.heads
+    """Width of a query or key of a head."""
+    mla = self.model.mla
+    return mla.nope_dim + mla.rope_dim if mla.kv_rank else self.model.head_dim or self.model.embed // self.model.heads
+
+  @property
+  def value_dim(self) -> int:
+    """Width of a value of a head."""
+    return self.model.mla.v_dim if self.model.mla.kv_rank else self.head_dim
+
+  @property
+  def dense_layers(self) -> int:
+    """Layers with a dense MLP before those with experts."""
+    return self.model.moe.dense_layers if self.model.experts else 0
 
   @property
   def hash(self) -> str:
@@ -451,6 +542,11 @@ AT_LEAST_ONE = [
   "model.heads",
   "model.mlp",
   "model.experts_per_token",
+  "model.moe.groups",
+  "model.moe.groups_per_token",
+  "model.mla.nope_dim",
+  "model.mla.rope_dim",
+  "model.mla.v_dim",
   "model.vocab_multiple",
   "model.kv_head_multiple",
   "model.expert_multiple",
@@ -473,6 +569,22 @@ NOT_NEGATIVE = [
   "model.kv_heads",
   "model.head_dim",
   "model.experts",
+  "model.embedding_scale",
+  "model.max_positions",
+  "model.rope_local_theta",
+  "model.query_scale",
+  "model.attention_softcap",
+  "model.logit_softcap",
+  "model.mtp",
+  "model.mla.q_rank",
+  "model.mla.kv_rank",
+  "model.moe.correction_rate",
+  "model.moe.shared",
+  "model.moe.dense_layers",
+  "model.moe.dense_mlp",
+  "model.moe.capacity",
+  "lora.rank",
+  "loss.mtp",
   "loss.z_loss",
   "loss.balance_loss",
   "loss.router_z_loss",
@@ -484,10 +596,12 @@ NOT_NEGATIVE = [
   "optimizer.eps",
   "optimizer.weight_decay",
   "optimizer.clip_norm",
+  "optimizer.qk_clip",
   "mesh.slices",
   "sharding.replicated_limit",
   "checkpoint.keep_every",
   "eval.every",
+  "log.monitor_every",
   "log.profile_start",
   "log.sample_tokens",
   "log.peak_tflops",
@@ -535,15 +649,60 @@ def _check_model(config: Config) -> None:
     f"model.embed={m.embed} is not divisible by model.heads={m.heads}; set model.heads to "
     f"{nearest_divisors(m.embed, m.heads)}, or give model.head_dim",
   )
-  _require(config.head_dim % 2 == 0, f"model.head_dim={config.head_dim} must be even: rotary embeddings turn pairs")
   _require(
     m.heads % config.kv_heads == 0,
     f"model.heads={m.heads} is not divisible by model.kv_heads={config.kv_heads}; set model.kv_heads to "
     f"{nearest_divisors(m.heads, config.kv_heads)}",
   )
+  rotary = m.mla.rope_dim if m.mla.kv_rank else config.head_dim
+  name = "model.mla.rope_dim" if m.mla.kv_rank else "model.head_dim"
+  _require(bool(m.max_positions) or rotary % 2 == 0, f"{name}={rotary} must be even: rotary embeddings turn pairs")
   _require(
-    not m.experts or m.experts_per_token <= m.experts,
+    not m.mla.kv_rank or config.kv_heads == m.heads,
+    f"model.kv_heads={m.kv_heads}: with latent attention (model.mla.kv_rank) every head has its own; set it to 0",
+  )
+  _require(
+    not m.max_positions or all(p.length <= m.max_positions for p in phases(config.data)),
+    f"data.length is above model.max_positions={m.max_positions}, the learned positions that there are; lower it",
+  )
+  for window in m.windows:
+    _require(type(window) is int and window >= 0, f"model.windows={list(m.windows)} must hold numbers of keys, or 0 for all")
+  _require(
+    m.gated or m.activation != "clamped_swiglu", "model.activation=clamped_swiglu has a gate; set model.gated=True"
+  )
+  _require(
+    not config.optimizer.qk_clip or (bool(config.log.monitor_every) and not m.qk_norm),
+    "optimizer.qk_clip acts where logits are looked at, and on weights whose size is the logits': set log.monitor_every=1 "
+    "(or more), and model.qk_norm=False",
+  )
+  if m.experts:
+    _check_experts(m)
+
+
+def _check_experts(m: Model) -> None:
+  moe = m.moe
+  _require(
+    m.experts_per_token <= m.experts,
     f"model.experts_per_token={m.experts_per_token} is more than model.experts={m.experts}",
+  )
+  _require(
+    moe.dense_layers < m.layers,
+    f"model.moe.dense_layers={moe.dense_layers} leaves none of model.layers={m.layers} with experts",
+  )
+  _require(
+    m.experts % moe.groups == 0,
+    f"model.experts={m.experts} is not divisible by model.moe.groups={moe.groups}; set it to "
+    f"{nearest_divisors(m.experts, moe.groups)}",
+  )
+  reach = moe.groups_per_token * m.experts // moe.groups
+  _require(
+    moe.groups_per_token <= moe.groups and m.experts_per_token <= reach,
+    f"model.moe.groups_per_token={moe.groups_per_token} of {moe.groups} groups hold {reach} experts, and a token uses "
+    f"model.experts_per_token={m.experts_per_token}",
+  )
+  _require(
+    moe.group_score == "max" or m.experts // moe.groups >= 2,
+    f"model.moe.group_score=top2 needs two experts in each of model.moe.groups={moe.groups} groups",
   )
 
 

@@ -143,6 +143,10 @@ class Run:
     if self.writer:  # only now: a resume that is refused leaves the config of the run as it was
       storage.write(f"{c.run_dir}/config.json", config_lib.to_json(c))
     self.compiled = {shape: self._compile(*shape) for shape in assemble.batch_shapes(c)}
+    if c.log.monitor_every:
+      with self.log.state("compile"):
+        watch = self.program.watch()
+        self.watch = {s: self.program.compile(watch.trace(*self.program.abstract(*s))) for s in self.compiled}
     saver = Checkpointer(c.run_dir, c.checkpoint.keep, c.checkpoint.keep_every, c.checkpoint.timeout, self.log.event)
     try:
       state, step = self._loop(state, start, saver, interrupt)
@@ -199,7 +203,8 @@ class Run:
     from maxscale.goodput.telemetry import Pending, Telemetry, rates
 
     c, log = self.config, self.log
-    telemetry = Telemetry(log, self.writer, rates(c, self.program), c.run.steps, c.log.every, int(state["skipped"]))
+    telemetry = Telemetry(log, self.writer, rates(c, self.program), c.run.steps, c.log.every, c.log.monitor_every,
+                          int(state["skipped"]))  # fmt: skip
     feed = Feed(c, self.batches, start, c.run.steps, self.program.batch_sharding)
     pending: Pending | None = None
     gc.collect()
@@ -219,6 +224,9 @@ class Run:
         program, executed = self.compiled[shape]
         dispatched = time.perf_counter()
         state, metrics = program(state, batch)  # step N; N-1 is still running
+        if c.log.monitor_every and step % c.log.monitor_every == 0:
+          state, seen = self.watch[shape](state, batch)
+          metrics = {**metrics, **seen}
         previous, pending = pending, Pending(step, metrics, shape[0] * shape[1], shape[1], executed, dispatched)
         if previous:
           telemetry.complete(previous)

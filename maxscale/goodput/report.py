@@ -141,7 +141,11 @@ def _timeline(spans: Sequence[tuple[int, str, float, float]]) -> Any:
 def _curves(metrics: list[dict]) -> Iterable[Any]:
   names = {name: None for row in metrics for name, v in row.items() if name not in ("step", "wall") and v is not None}
   named = {name for group in PANELS.values() for name in group}
-  panels = [*PANELS.items(), *((name, (name,)) for name in names if name not in named)]
+  others: dict[str, tuple[str, ...]] = {}
+  for name in names:  # those of layers, name/number, are drawn together
+    if name not in named:
+      others[name.partition("/")[0]] = (*others.get(name.partition("/")[0], ()), name)
+  panels = [*PANELS.items(), *others.items()]
   for title, group in panels:
     shown = [name for name in group if name in names]
     if not shown:

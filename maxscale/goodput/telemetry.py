@@ -70,20 +70,24 @@ class Pending:
 class Telemetry:
   """Reads the metrics of a step once it is complete. Nothing here runs between a batch and its dispatch.
 
-  `skipped`: steps that earlier attempts skipped.
+  `monitor_every`: steps between those whose metrics of each layer are written. `skipped`: steps that earlier attempts
+  skipped.
   """
 
   def __init__(
-    self, log: EventLog, writer: MetricsWriter | None, rates: Rates, steps: int, every: int, skipped: int = 0
-  ):
+    self, log: EventLog, writer: MetricsWriter | None, rates: Rates, steps: int, every: int, monitor_every: int = 0,
+    skipped: int = 0,
+  ):  # fmt: skip
     self._log, self._writer, self._rates, self._steps, self._every = log, writer, rates, steps, every
+    self._looks = lambda step: monitor_every and step % monitor_every == 0
     self._last_end = 0.0
     self._skipped = skipped
     self._recent: list[float] = []
 
   def complete(self, pending: Pending) -> dict[str, float]:
     """Waits for a step to end; records and shows it. Its time runs from the end of the one before, or its dispatch."""
-    values = {k: float(v) for k, v in jax.device_get(pending.metrics).items()}
+    arrays = jax.device_get(pending.metrics)
+    values = {k: float(v) for k, v in arrays.items() if not v.shape}
     end = time.perf_counter()
     seconds = end - max(self._last_end, pending.dispatched)
     self._last_end = end
@@ -94,7 +98,8 @@ class Telemetry:
       self._skipped = int(values["skipped"])
       self._log.event("skip", step=pending.step)
     if self._writer:
-      self._writer.write(pending.step, {**values, **rates, "step_seconds": seconds})
+      layers = {f"{k}/{i:03d}": x for k, v in arrays.items() if v.shape and self._looks(pending.step) for i, x in enumerate(v)}
+      self._writer.write(pending.step, {**values, **rates, "step_seconds": seconds, **layers})
       if pending.step % self._every == 0 or pending.step in (1, self._steps):
         self._show(pending.step, values, rates)
     return values

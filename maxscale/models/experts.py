@@ -8,23 +8,46 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maxscale.models import kernels
+from maxscale.config import ConfigError
+from maxscale.models import activations, kernels
 from maxscale.sharding import context as sharding
 
 Slices = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # the four numbers of each slice of `ragged_all_to_all`
 
 
+class Weights(NamedTuple):
+  """The parameters of this device's experts.
+
+  Attributes:
+    gate, up: [E/P, D, F], no gate where the activation has none. down: [E/P, F, D]. Used in the dtype of x.
+    gate_bias, up_bias: [E/P, F]. down_bias: [E/P, D], the same on all devices along `mlp`, of which the first adds it:
+      only there is its gradient not zero.
+  """
+
+  gate: kernels.Weight | None
+  up: kernels.Weight
+  down: kernels.Weight
+  gate_bias: jax.Array | None = None
+  up_bias: jax.Array | None = None
+  down_bias: jax.Array | None = None
+
+
 def experts(
-  x: jax.Array, gates: jax.Array, ids: jax.Array, weights: Sequence[kernels.Weight], factor: float
+  x: jax.Array,
+  gates: jax.Array,
+  ids: jax.Array,
+  weights: Weights,
+  activation: str,
+  factor: float,
+  route: str = "sparse",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The sum over a token's choices of gate * down(silu(x gate) * (x up)), by the expert of each choice.
+  """The sum over a token's choices of gate * (down(hidden(x gate, x up)) + its bias), by the expert of each choice.
 
   Runs inside a shard_map over all mesh axes. Where the logical axis `experts` is split, each device receives the rows
   that chose its experts, from all devices along it, into room for R = min(ceil(factor * M * A), P * M * A) rows. What
@@ -32,49 +55,107 @@ def experts(
   first by (device of the token, expert, token). A factor of P drops nothing, whatever the router does.
 
   Args:
-    x: [M, D], tokens of this device. gates: [M, A], float. ids: int32 [M, A], experts of each token, in [0, E);
-      where experts are split -1 is none, and takes no room.
-    weights: gate, up: [E/P, D, F]; down: [E/P, F, D], used in the dtype of x.
+    x: [M, D], tokens of this device. gates: [M, A], float. ids: int32 [M, A], experts of each token, in [0, E); -1 is
+      none: it adds nothing and takes no room.
+    activation: `model.activation` (activations.hidden).
     factor: R over the rows of a device when all experts are chosen equally often, at least 1.
+    route: `model.moe.route`; `dense` computes every expert for every token, and is the same.
 
   Returns:
     y [M, D] in the dtype of x, a partial sum over the devices along `mlp`; and
     dropped: int32 [], how many of the M * A choices of this device's tokens did not fit.
+
+  Raises:
+    ConfigError: the route is dense and experts are split.
   """
   copies, parts = ids.shape[-1], sharding.parts("experts")
-  total = parts * weights[0].used.shape[0]
+  if weights.down_bias is not None:
+    weights = weights._replace(down_bias=jnp.where(sharding.shard_index("mlp") == 0, weights.down_bias, 0))
+  if route == "dense":
+    return _dense(x, gates, ids, weights, activation), {"dropped": jnp.int32(0)}
+  total = parts * weights.up.used.shape[0]
   choices = jnp.where(ids < 0, total, ids).reshape(-1)  # those of no expert are sorted behind all others
   order = jnp.argsort(choices, stable=True)
   inverse = jnp.argsort(order)
   counts = jnp.bincount(choices, length=total).astype(jnp.int32)
   if parts == 1:
+    inverse = jnp.where(choices < total, inverse, choices.size)  # `_gather` reads zeros for a choice without a place
     rows, row_gates = _spread(x, order, inverse, copies), _spread(gates.reshape(-1), order, inverse, 1)
-    y = _mlp(rows, row_gates, counts, weights)
+    y = _mlp(rows, row_gates, counts, weights, activation)
     return _gather(y, order, inverse, copies), {"dropped": jnp.int32(0)}
   room = min(math.ceil(factor * choices.size), parts * choices.size)
   there, back, sizes = _routes(jax.lax.all_gather(counts, sharding.mesh_axes("experts")), room)
-  # A choice that is not sent has no place among the rows that come back; `_gather` reads zeros for it.
   first, sent = there[:2]
   inverse = jnp.where((choices < total) & (inverse < (first + sent)[choices]), inverse, choices.size)
   rows, row_gates = _spread(x, order, inverse, copies), _spread(gates.reshape(-1), order, inverse, 1)
   rows, row_gates = (_to_experts(v, there, back, choices.size, room) for v in (rows, row_gates))
-  y = _mlp(rows, row_gates, sizes, weights)
+  y = _mlp(rows, row_gates, sizes, weights, activation)
   y = _from_experts(y, there, back, choices.size, room)
   return _gather(y, order, inverse, copies), {"dropped": jnp.sum(counts - sent)}
 
 
-def _mlp(x: jax.Array, gates: jax.Array, sizes: jax.Array, weights: Sequence[kernels.Weight]) -> jax.Array:
+def _mlp(x: jax.Array, gates: jax.Array, sizes: jax.Array, weights: Weights, activation: str) -> jax.Array:
   """Rows sorted by expert [R, D] through their experts, times gates [R]; sizes: int32 [E/P], rows of each expert.
 
-  Rows past those of the experts are zeros here, and nobody reads their results. A kernel need not compute them and may
-  leave anything there, so they are cleared before they meet a weight's gradient, forward and backward.
+  Nobody reads the results of rows past those of the experts. A kernel need not compute them and may leave anything
+  there, so they are cleared before they meet a weight's gradient, forward and backward.
   """
-  gate_w, up_w, down_w = weights
-  gate = checkpoint_name(kernels.grouped_matmul(x, gate_w, sizes), "gate")
-  up = checkpoint_name(kernels.grouped_matmul(x, up_w, sizes), "up")
-  gate, up = (_first_rows(v, jnp.sum(sizes)) for v in (gate, up))
+  # The expert of each row, E/P past those of experts. To compare all is what a TPU does best.
+  expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right", method="compare_all")
+
+  def product(w: kernels.Weight, bias: jax.Array | None, name: str) -> jax.Array:
+    y = kernels.grouped_matmul(x, w, sizes)
+    y = y if bias is None else y + _of_rows(bias, expert, x.dtype)
+    return _first_rows(checkpoint_name(y, name), jnp.sum(sizes))
+
+  gate = None if weights.gate is None else product(weights.gate, weights.gate_bias, "gate")
+  h = activations.hidden(activation, gate, product(weights.up, weights.up_bias, "up"))
   # The gate multiplies the hidden row: its gradient then needs no result of the third product.
-  return kernels.grouped_matmul((jax.nn.silu(gate) * up * gates[:, None]).astype(x.dtype), down_w, sizes)
+  y = kernels.grouped_matmul((h * gates[:, None]).astype(x.dtype), weights.down, sizes)
+  if weights.down_bias is None:
+    return y
+  return (y + _of_rows(weights.down_bias, expert, x.dtype) * gates[:, None]).astype(x.dtype)
+
+
+def _dense(x: jax.Array, gates: jax.Array, ids: jax.Array, weights: Weights, activation: str) -> jax.Array:
+  """Every expert for every token, weighted by 0 where it was not chosen: E / A times the work, for small sizes."""
+  if sharding.parts("experts") > 1:
+    raise ConfigError(
+      "model.moe.route=dense needs all experts on each device; set mesh.expert=1, or model.moe.route=sparse"
+    )
+  share = jnp.sum(jnp.where(ids[..., None] == jnp.arange(weights.up.used.shape[0]), gates[..., None], 0), 1)  # [M, E]
+
+  def product(w: kernels.Weight, bias: jax.Array | None, name: str) -> jax.Array:
+    y = kernels.matmul("md,edf->mef", x, w)
+    return checkpoint_name(y if bias is None else y + bias.astype(x.dtype), name)
+
+  gate = None if weights.gate is None else product(weights.gate, weights.gate_bias, "gate")
+  h = activations.hidden(activation, gate, product(weights.up, weights.up_bias, "up"))
+  y = kernels.matmul("mef,efd->md", (h * share[..., None]).astype(x.dtype), weights.down)
+  if weights.down_bias is None:
+    return y
+  return (y + jnp.matmul(share, weights.down_bias, precision=jax.lax.Precision.HIGHEST)).astype(x.dtype)
+
+
+@functools.partial(kernels.custom_vjp, nondiff_argnums=(2,))
+def _of_rows(bias: jax.Array, expert: jax.Array, dtype: Any) -> jax.Array:
+  """[R, F] in a dtype: the bias [E/P, F] of each row's expert, 0 for a row of none (E/P)."""
+  return bias.astype(dtype).at[expert].get(mode="fill", fill_value=0)
+
+
+def _of_rows_bwd(dtype: Any, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None]:
+  """Sums over the rows of each expert, in float32. A product with zeros and ones: a scatter is slow on a TPU."""
+  like, expert = residuals
+  rows = jax.nn.one_hot(expert, like.shape[0], dtype=dy.dtype)
+  precision = jax.lax.Precision.HIGHEST
+  dbias = jnp.einsum("re,rf->ef", rows, dy, precision=precision, preferred_element_type=jnp.float32)
+  return dbias.astype(like.dtype), None
+
+
+_of_rows.defvjp(
+  lambda bias, expert, dtype: (_of_rows(bias, expert, dtype), (jnp.zeros((len(bias), 0), bias.dtype), expert)),
+  _of_rows_bwd,
+)
 
 
 @kernels.custom_vjp

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maxscale.models import quantise
 from maxscale.sharding import context as sharding
 
 Names = tuple[str | None, ...]
@@ -26,18 +27,22 @@ class Weight:
     names: of the dimensions.
     grad_dtype: plain AD would make and reduce the gradient in the dtype of `used`; here it is made, and crosses devices,
       in this one, before it becomes the cotangent of `master`.
+    quantize: kind of its products (quantise.py); "": they are not quantised. A lookup never is.
   """
 
   used: jax.Array
   master: jax.Array
   names: Names = dataclasses.field(metadata={"static": True})
   grad_dtype: str = dataclasses.field(metadata={"static": True})
+  quantize: str = dataclasses.field(default="", metadata={"static": True})
 
   @classmethod
-  def of(cls, w: jax.Array, names: Names, dtype: Any, grad_dtype: str) -> Weight:
+  def of(cls, w: jax.Array, names: Names, dtype: Any, grad_dtype: str, quantize: str = "") -> Weight:
     """Casts first, so that FSDP gathers the narrow type: once for forward, once for recomputation and backward."""
+    # A quantised weight is gathered in `dtype` all the same. To gather its 8 bits would halve those bytes, but FSDP
+    # splits the dimension that most products sum over: the scales would first have to agree on the maximum of all shards.
     used = sharding.gather_param(w.astype(dtype), names)
-    return cls(jax.lax.stop_gradient(used), w, names, grad_dtype)
+    return cls(jax.lax.stop_gradient(used), w, names, grad_dtype, quantize)
 
   def residual(self) -> Weight:
     """What a backward pass keeps: of the master only its dtype, or float32 weights would be kept a second time."""
@@ -49,10 +54,31 @@ class Weight:
     return dataclasses.replace(self, used=jnp.zeros_like(self.used), master=dw)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
-def matmul(spec: str, x: jax.Array, w: Weight) -> jax.Array:
-  """einsum(spec, x, w) in the dtype of x."""
-  return jnp.einsum(spec, x, w.used, precision=_precision(x))
+# ---- products
+
+
+def _product(spec: str, x: jax.Array, w: Weight, multiply: quantise.Multiply) -> jax.Array:
+  if w.quantize:
+    return quantise.product(w.quantize, spec, x, w.used, multiply).astype(x.dtype)
+  return multiply(spec, x, w.used, x.dtype)
+
+
+def _gradients(spec: str, x: jax.Array, w: Weight, dy: jax.Array, multiply: quantise.Multiply) -> Any:
+  """Of `_product`: dx, and the cotangent of w."""
+  a, b, y = quantise.letters(spec)
+  if w.quantize:
+    dx = quantise.input_gradient(w.quantize, spec, dy, w.used, multiply).astype(dy.dtype)
+  else:
+    dx = multiply(f"{y},{b}->{a}", dy, w.used, dy.dtype)
+  if w.quantize and quantise.KINDS[w.quantize].dw:
+    dw = quantise.weight_gradient(w.quantize, spec, x, dy, multiply).astype(w.grad_dtype)
+  else:
+    dw = multiply(f"{a},{y}->{b}", x, dy, w.grad_dtype)
+  return dx, w.cotangent(dw)
+
+
+def _einsum(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.dtype(dtype), precision=_precision(a))
 
 
 def _precision(x: jax.Array) -> jax.lax.Precision | None:
@@ -60,29 +86,29 @@ def _precision(x: jax.Array) -> jax.lax.Precision | None:
   return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-def _matmul_bwd(spec: str, residuals: Any, dy: jax.Array) -> Any:
-  x, w = residuals
-  operands, y = spec.split("->")
-  a, b = operands.split(",")
-  dx = jnp.einsum(f"{y},{b}->{a}", dy, w.used, precision=_precision(dy))
-  dw = jnp.einsum(f"{a},{y}->{b}", x, dy, preferred_element_type=jnp.dtype(w.grad_dtype), precision=_precision(dy))
-  return dx, w.cotangent(dw)
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
+def matmul(spec: str, x: jax.Array, w: Weight) -> jax.Array:
+  """einsum(spec, x, w) in the dtype of x."""
+  return _product(spec, x, w, _einsum)
 
 
-matmul.defvjp(lambda spec, x, w: (matmul(spec, x, w), (x, w.residual())), _matmul_bwd)
+matmul.defvjp(
+  lambda spec, x, w: (matmul(spec, x, w), (x, w.residual())),
+  lambda spec, residuals, dy: _gradients(spec, *residuals, dy, _einsum),
+)
 
 
 @custom_vjp
 def lookup(table: Weight, tokens: jax.Array) -> jax.Array:
-  """Rows of an embedding table [V, D] for tokens [B, T], 0 where another device has the row: a partial sum over the
-  devices that split the vocabulary."""
-  rows, mine = own_rows(table.used.shape[0], tokens)
+  """Rows of a table [V, D] for tokens [B, T], 0 where another device has the row: a partial sum over the devices that
+  split the vocabulary. A token of -1 has no row."""
+  rows, mine = own_rows(table.used.shape[0], tokens, table.names[0])
   return jnp.where(mine[..., None], table.used[rows], 0)
 
 
 def _lookup_bwd(residuals: Any, dy: jax.Array) -> Any:
   table, tokens = residuals
-  rows, mine = own_rows(table.used.shape[0], tokens)
+  rows, mine = own_rows(table.used.shape[0], tokens, table.names[0])
   dy = jnp.where(mine[..., None], dy, 0).astype(table.grad_dtype)
   return table.cotangent(jnp.zeros(table.used.shape, table.grad_dtype).at[rows].add(dy)), None
 
@@ -90,14 +116,16 @@ def _lookup_bwd(residuals: Any, dy: jax.Array) -> Any:
 lookup.defvjp(lambda table, tokens: (lookup(table, tokens), (table.residual(), tokens)), _lookup_bwd)
 
 
-def own_rows(size: int, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Row of each token in this device's `size` rows of the vocabulary, and whether it is among them."""
-  rows = tokens - sharding.shard_index("vocab") * size
+def own_rows(size: int, tokens: jax.Array, name: str | None = "vocab") -> tuple[jax.Array, jax.Array]:
+  """Row of each token in this device's `size` rows of the table, and whether it is among them; `name` splits the rows."""
+  rows = tokens - (sharding.shard_index(name) * size if name else 0)
   mine = (rows >= 0) & (rows < size)
   return jnp.where(mine, rows, 0), mine
 
 
 # ---- grouped matmul
+
+GROUPED = "md,edf->mf"  # x, w and result of the grouped matmul, where m is a row of one e
 
 
 @custom_vjp
@@ -106,31 +134,42 @@ def grouped_matmul(x: jax.Array, w: Weight, sizes: jax.Array) -> jax.Array:
 
   Args:
     x: [M, D], rows sorted by expert. w: [E, D, F], used in x's dtype. sizes: int32 [E], rows of each expert; their
-      sum is at most M: rows past it are zeros in x, and anything in the result.
+      sum is at most M: rows past it are finite in x, and anything in the result. A quantised w has one scale for a
+      channel F of all its experts: a scale for each would be looked up for every row.
 
   Returns:
     [M, F] in the dtype of x.
   """
-  if sharding.platform() == "cpu":
-    return _blocks_forward(x, w.used, sizes)
-  return jax.lax.ragged_dot(x, w.used, sizes)
+  return _product(GROUPED, x, w, _by_group(sizes))
 
 
 def _grouped_bwd(residuals: Any, dy: jax.Array) -> Any:
-  x, w, sizes = residuals
-  wt, dtype = w.used.swapaxes(1, 2), jnp.dtype(w.grad_dtype)
-  if sharding.platform() == "cpu":
-    dx, dw = _blocks_forward(dy, wt, sizes), _blocks_outer(x, dy, sizes, dtype)
-  else:
-    dx = jax.lax.ragged_dot(dy, wt, sizes)
-    dims = jax.lax.RaggedDotDimensionNumbers(
-      dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
-    )
-    dw = jax.lax.ragged_dot_general(x, dy, sizes, dims, preferred_element_type=dtype)
-  return dx, w.cotangent(dw), None
+  *xw, sizes = residuals
+  return *_gradients(GROUPED, *xw, dy, _by_group(sizes)), None
 
 
 grouped_matmul.defvjp(lambda x, w, sizes: (grouped_matmul(x, w, sizes), (x, w.residual(), sizes)), _grouped_bwd)
+
+
+def _by_group(sizes: jax.Array) -> quantise.Multiply:
+  """The products of a grouped matmul and of its gradients, for row blocks of these sizes."""
+
+  def multiply(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    dtype, cpu = jnp.dtype(dtype), sharding.platform() == "cpu"
+    if spec == "md,mf->edf":
+      if cpu:
+        return _blocks_outer(a, b, sizes, dtype)
+      dims = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+      )
+      return jax.lax.ragged_dot_general(a, b, sizes, dims, preferred_element_type=dtype)
+    b = b if spec == GROUPED else b.swapaxes(1, 2)
+    if cpu:
+      return _blocks_forward(a, b, sizes, dtype)
+    return jax.lax.ragged_dot(a, b, sizes, preferred_element_type=dtype)
+
+  return multiply
+
 
 BLOCK_ROWS = 256  # of the CPU's blocks; the last of a group is partly wasted
 
@@ -139,7 +178,7 @@ def _blocks(m: int) -> int:
   return min(BLOCK_ROWS, max(8, m // 8))
 
 
-def _blocks_forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+def _blocks_forward(x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: Any) -> jax.Array:
   """A CPU's grouped matmul: blocks of rows, expert after expert.
 
   The last block of an expert reaches into rows of the next, which then overwrites them: the order is what makes it
@@ -154,12 +193,12 @@ def _blocks_forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 
     def block(i: jax.Array, out: jax.Array) -> jax.Array:
       at = end - size + i * rows
-      y = jax.lax.dynamic_slice_in_dim(x, at, rows) @ w_e
+      y = jnp.matmul(jax.lax.dynamic_slice_in_dim(x, at, rows), w_e, preferred_element_type=dtype)
       return jax.lax.dynamic_update_slice_in_dim(out, y, at, 0)
 
     return jax.lax.fori_loop(0, (size + rows - 1) // rows, block, out), None
 
-  out, _ = jax.lax.scan(expert, jnp.zeros((m + rows, w.shape[2]), x.dtype), (w, ends, sizes))
+  out, _ = jax.lax.scan(expert, jnp.zeros((m + rows, w.shape[2]), dtype), (w, ends, sizes))
   return out[:m]
 
 

@@ -24,6 +24,7 @@ class ParamSpec:
   """A parameter. `shape` is padded, `logical` is what the disk and fingerprints see.
 
   `rows`: where dimension 0 stacks layers, the layer in each row (pipeline stages interleave them); empty elsewhere.
+  `trained`: whether it has a gradient and an optimizer's state.
   """
 
   path: str
@@ -33,15 +34,25 @@ class ParamSpec:
   dtype: str
   std: float | None  # of the truncated normal it starts from; None: it starts as ones
   rows: tuple[int, ...]
+  trained: bool = True
 
 
 def param(
-  shape: Sequence[int], names: Sequence[str | None], std: float | None, logical: Sequence[int] = ()
-) -> nnx.Param:
-  """Declares a parameter of a module; `logical` where `shape` is padded."""
+  shape: Sequence[int], names: Sequence[str | None], std: float | None, logical: Sequence[int] = (), inputs: int = 0,
+  trained: bool = True,
+) -> nnx.Param:  # fmt: skip
+  """Declares a parameter of a module.
+
+  Args:
+    shape, names: of its dimensions, padding included.
+    std: of the values that it starts from; None: ones, 0: zeros.
+    logical: the shape without padding, where there is some.
+    inputs: of the weight of a product, how many leading dimensions (behind experts) the product sums over.
+    trained: False where something else than the optimizer changes it.
+  """
   return nnx.Param(
     jax.ShapeDtypeStruct(tuple(shape), jnp.float32),
-    names=tuple(names), std=std, logical=tuple(logical or shape),
+    names=tuple(names), std=std, logical=tuple(logical or shape), inputs=inputs, trained=trained,
   )  # fmt: skip
 
 
@@ -59,16 +70,24 @@ class Skeleton:
     return nnx.merge(self.graph, state)
 
 
-def split(module: nnx.Module, dtype: str, stacks: dict[str, tuple[int, ...]]) -> Skeleton:
-  """Splits a module. `stacks`: name of a child whose parameters are stacked -> the layer in each row."""
+def split(
+  module: nnx.Module, dtype: str, stacks: dict[str, tuple[tuple[int, ...], str | None]], trained: Callable[[str], bool]
+) -> Skeleton:
+  """Splits a module.
+
+  Args:
+    stacks: name of a child whose parameters are stacked -> the layer in each row, and the name of that dimension.
+    trained: of a path, whether the parameter may be trained.
+  """
   graph, abstract = nnx.split(module)
   specs = {}
   for keys, variable in nnx.to_flat_state(abstract):
     path, meta = "/".join(map(str, keys)), variable.get_metadata()
-    rows = stacks.get(str(keys[0]), ())
-    lead, names = ((len(rows),), ("layers",)) if rows else ((), ())
+    rows, name = stacks.get(str(keys[0]), ((), None))
+    lead, names = ((len(rows),), (name,)) if rows else ((), ())
     shape = lead + tuple(variable.get_value().shape)
-    specs[path] = ParamSpec(path, shape, lead + meta["logical"], names + meta["names"], dtype, meta["std"], rows)
+    specs[path] = ParamSpec(path, shape, lead + meta["logical"], names + meta["names"], dtype, meta["std"], rows,
+                            meta["trained"] and trained(path))  # fmt: skip
   return Skeleton(graph, abstract, specs)
 
 

@@ -41,13 +41,14 @@ def sample(
 
 def _sample(skeleton: Any, tokens: int, temperature: float, params: Tree, prompt: jax.Array, key: jax.Array) -> Any:
   model = skeleton.merge(params)
-  length, layers = prompt.shape[1], jnp.arange(model.shape.L)
+  length, layers = prompt.shape[1], jnp.arange(model.shape.L - model.shape.L_dense)
 
   def forward(ids: jax.Array, first: jax.Array | int, cache: Any) -> tuple[jax.Array, Any]:
     positions = first + jnp.arange(ids.shape[1])[None]
-    batch = {"segments": jnp.ones_like(ids), "positions": positions}
-    x, _, cache = model.run_layers(model.embed(ids), layers, batch, cache=cache)
-    return model.logits(x[:, -1:])[0, 0], cache
+    batch = {"tokens": ids, "segments": jnp.ones_like(ids), "positions": positions}
+    x, _, before = model.embed(batch, cache=cache[0])
+    x, _, after = model.run_layers(x, layers, batch, cache=cache[1])
+    return model.logits(x[:, -1:])[0, 0], (before, after)
 
   def pick(logits: jax.Array, i: jax.Array) -> jax.Array:
     if temperature == 0:

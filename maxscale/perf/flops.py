@@ -13,6 +13,7 @@ the step over time and peak.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -53,13 +54,26 @@ def from_config(config: Config, vocab: int) -> ModelFlops:
   Args:
     vocab: tokens of the vocabulary, without padding.
   """
-  m, head_dim = config.model, config.head_dim
-  attention = 2 * m.embed * head_dim * (m.heads + config.kv_heads)
-  mlp = 3 * m.embed * m.mlp * (m.experts_per_token if m.experts else 1) + m.embed * m.experts
+  m, moe, mla = config.model, config.model.moe, config.model.mla
+  n, kv, h, v = m.heads, config.kv_heads, config.head_dim, config.value_dim
+  if mla.kv_rank:
+    queries = m.embed * mla.q_rank + mla.q_rank * n * h if mla.q_rank else m.embed * n * h
+    attention = queries + m.embed * (mla.kv_rank + mla.rope_dim) + mla.kv_rank * n * (mla.nope_dim + v)
+  else:
+    attention = m.embed * (n * h + kv * h + kv * v)
+  attention += n * v * m.embed
+  products = 3 if m.gated else 2
+  last = products * m.embed * m.mlp
+  if m.experts:
+    last = last * m.experts_per_token + m.embed * m.experts + products * m.embed * moe.shared
+  dense = products * m.embed * (moe.dense_mlp or m.mlp)
+  layers, first = m.layers + m.mtp, config.dense_layers
+  windows = collections.Counter(m.windows[i % len(m.windows)] if m.windows else 0 for i in range(layers))
   return ModelFlops(
-    params=m.layers * (attention + mlp) + m.embed * vocab,
-    attention=(Attention(m.layers, m.heads, head_dim, head_dim),),
-  )
+    params=layers * attention + first * dense + (layers - first) * last + (1 + m.mtp) * m.embed * vocab
+    + m.mtp * 2 * m.embed * m.embed,
+    attention=tuple(Attention(count, n, h, v, window or None) for window, count in windows.items()),
+  )  # fmt: skip
 
 
 def flops_per_token(model: ModelFlops, length: int, causal: bool = True) -> float:

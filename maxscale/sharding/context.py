@@ -123,6 +123,26 @@ gather.defvjp(lambda x, name: (gather(x, name), None), lambda name, _, dy: (redu
 reduce.defvjp(lambda x, name: (reduce(x, name), None), lambda name, _, dy: (gather(dy, name),))
 
 
+@functools.partial(custom_vjp, nondiff_argnums=(1,))
+def spread(x: jax.Array, name: str) -> jax.Array:
+  """A parameter that all devices of a region have the same of, ready for use inside it: each of them has a part of its
+  gradient, and this sums what the sum over tokens does not."""
+  return x
+
+
+spread.defvjp(lambda x, name: (x, None), lambda name, _, dy: (lax.psum(dy, _rest(name)) if _rest(name) else dy,))
+
+
+@custom_vjp
+def whole_length(x: Any) -> Any:
+  """Sums over this device's part of the residual stream -> over the places of `length`; the gradient is the part's."""
+  axes = _sequence_axes()
+  return lax.psum(x, axes) if axes else x
+
+
+whole_length.defvjp(lambda x: (whole_length(x), None), lambda _, dy: (dy,))
+
+
 def own_part(x: jax.Array) -> jax.Array:
   """[b, length, ...] that every device of the sequence axes holds whole -> its part [b, residual_length, ...]."""
   axes = _sequence_axes()
@@ -204,6 +224,12 @@ def token_sum(x: Any, residual: bool) -> Any:
   """Partial sums over this device's tokens -> over all tokens; `residual`: they were counted in the residual layout."""
   axes = (*mesh_axes("batch"), *mesh_axes("residual_length" if residual else "length"))
   return lax.psum(x, axes) if axes else x
+
+
+def token_max(x: jax.Array, residual: bool) -> jax.Array:
+  """As `token_sum`, of maxima."""
+  axes = (*mesh_axes("batch"), *mesh_axes("residual_length" if residual else "length"))
+  return lax.pmax(x, axes) if axes else x
 
 
 # ---- stages

@@ -121,17 +121,21 @@ class Pieces:
   head: Callable[[Tree, jax.Array, Tree], tuple[jax.Array, Tree]]
 
 
-def run(schedule: Schedule, pieces: Pieces, outer: Tree, stack: Tree, parts: Tree, gradients: bool) -> tuple[Tree, ...]:
-  """All microbatches, forward and (if `gradients`) backward.
+def run(schedule: Schedule, pieces: Pieces, outer: Tree, stack: Tree, parts: Tree,
+        gradients: Callable[[str], bool] | None) -> tuple[Tree, ...]:  # fmt: skip
+  """All microbatches, forward and (with `gradients`) backward.
 
   Args:
-    outer: parameters outside the layers. stack: the layers of this stage, each leaf [rows, ...], chunk after chunk.
+    outer: parameters outside the layers by path. stack: the layers of this stage by path, each [rows, ...], chunk after
+      chunk.
     parts: microbatches, each leaf [M, ...].
+    gradients: of a path, whether the parameter has a gradient; None: there is no backward.
 
   Returns:
     (loss of the head, loss of this stage's layers, sums of the head, sums of the layers [rows, ...], gradients of
-    outer, gradients of stack), added up over the microbatches but over no devices; the gradients are None without
-    `gradients`. `outer` has the gradient of all stages, complete as far as stages go.
+    outer, gradients of stack), added up over the microbatches but over no devices; there are no gradients without
+    `gradients`. `outer` has the gradient of all stages, complete as far as stages go. Sums whose name begins with max_
+    are maxima.
   """
   return _Run(schedule, pieces, outer, stack, parts, gradients).all()
 
@@ -139,7 +143,8 @@ def run(schedule: Schedule, pieces: Pieces, outer: Tree, stack: Tree, parts: Tre
 class _Run:
   """One trace of the schedule. `carry` holds what passes from tick to tick."""
 
-  def __init__(self, schedule: Schedule, pieces: Pieces, outer: Tree, stack: Tree, parts: Tree, gradients: bool):
+  def __init__(self, schedule: Schedule, pieces: Pieces, outer: Tree, stack: Tree, parts: Tree,
+               gradients: Callable[[str], bool] | None):  # fmt: skip
     self.schedule, self.pieces, self.outer, self.stack, self.parts = schedule, pieces, outer, stack, parts
     self.gradients = gradients
     self.rows = len(jax.tree.leaves(stack)[0])
@@ -158,11 +163,11 @@ class _Run:
     if not self.alone:
       carry |= {"x": x, "dx": x}  # what has come from the stage before, and from the one after
     if self.gradients:
-      carry |= {"outer": self.outer, "stack": self.stack}
+      carry |= {"outer": self._trained(self.outer), "stack": self._trained(self.stack)}
       if not self.alone:
         carry["ring"] = [jax.ShapeDtypeStruct((s.slots, *a.shape), a.dtype) for a in saved.leaves]
         self.saved = saved  # how a unit's backward is put together again from the ring
-    carry = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), carry)
+    carry = {key: _empty(value) for key, value in carry.items()}
     if not self.gradients:
       phases = [(0, s.ticks, True, False)]
     else:
@@ -217,16 +222,17 @@ class _Run:
       x, part = sharding.from_stage(out, s.stages - 1), self._part(microbatch)
       if not self.gradients:
         return self.pieces.head(self.outer, x, part), None, None
-      loss, pull, sums = jax.vjp(lambda o, x: self.pieces.head(o, x, part), self.outer, x, has_aux=True)
+      head = lambda o, x: self.pieces.head({**self.outer, **o}, x, part)  # noqa: E731
+      loss, pull, sums = jax.vjp(head, self._trained(self.outer), x, has_aux=True)
       douter, dx = pull(jnp.ones_like(loss))
       return (loss, sums), self._as_it_is(douter), dx
 
-    nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run))  # noqa: E731
+    nothing = lambda: tuple(map(_empty, jax.eval_shape(run)))  # noqa: E731
     # where v is 1 a microbatch leaves the last stage at every tick that also runs backward: no condition is needed
     always = self.gradients and s.repeats == 1
     (loss, sums), douter, dx = run() if always or self.alone else jax.lax.cond(valid, run, nothing)
     carry["head_loss"] += loss
-    carry["head_sums"] = jax.tree.map(jnp.add, carry["head_sums"], sums)
+    carry["head_sums"] = jax.tree.map_with_path(_added, carry["head_sums"], sums)
     if self.gradients:
       carry["outer"] = jax.tree.map(jnp.add, carry["outer"], douter)
     return dx
@@ -251,7 +257,8 @@ class _Run:
     there = self._valid(t - s.fill - (s.stages - 1)) & (leaving == 0) if not self.alone else True
 
     def embedding() -> Tree:
-      pull = jax.vjp(lambda o: self.pieces.embed(o, self._part(last)), self.outer)[1]
+      embed = lambda o: self.pieces.embed({**self.outer, **o}, self._part(last))  # noqa: E731
+      pull = jax.vjp(embed, self._trained(self.outer))[1]
       return jax.tree.map(jnp.add, carry["outer"], self._as_it_is(pull(sharding.from_stage(dx, 0))[0]))
 
     carry["outer"] = self._when(there, embedding, carry["outer"], always=False)
@@ -263,12 +270,17 @@ class _Run:
     if not self.gradients:
       return self.pieces.stage(params, x, part, layers), None
 
-    def f(params: Tree, x: jax.Array) -> Any:
-      x, loss, sums = self.pieces.stage(params, x, part, layers)
+    def f(trained: Tree, x: jax.Array) -> Any:
+      x, loss, sums = self.pieces.stage({**params, **trained}, x, part, layers)
       return (x, loss), sums
 
-    (x, loss), pull, sums = jax.vjp(f, params, x, has_aux=True)
+    (x, loss), pull, sums = jax.vjp(f, self._trained(params), x, has_aux=True)
     return (x, loss, sums), _Saved.of(pull, params, part)
+
+  def _trained(self, params: Tree) -> Tree:
+    """Those that have a gradient; the others are constants, for which no buffer is made."""
+    assert self.gradients
+    return {path: x for path, x in params.items() if self.gradients(path)}
 
   def _part(self, microbatch: Any) -> Tree:
     """A microbatch; the nearest one where there is none of that number."""
@@ -291,15 +303,16 @@ class _Run:
 
   def _add_chunk(self, sums: Tree, more: Tree, chunk: Any, valid: Any) -> Tree:
     """`more`, the sums of a chunk's layers, added to those of the stage."""
-    more = jax.tree.map(lambda a: self._select(valid, a, 0), more)
-    if self.schedule.repeats == 1:
-      return jax.tree.map(jnp.add, sums, more)
     at = chunk * (self.rows // self.schedule.repeats)
 
-    def add(a: jax.Array, b: jax.Array) -> jax.Array:
-      return jax.lax.dynamic_update_slice_in_dim(a, jax.lax.dynamic_slice_in_dim(a, at, len(b), 0) + b, at, 0)
+    def add(path: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+      b = self._select(valid, b, _neutral(path))
+      if self.schedule.repeats == 1:
+        return _added(path, a, b)
+      old = jax.lax.dynamic_slice_in_dim(a, at, len(b), 0)
+      return jax.lax.dynamic_update_slice_in_dim(a, _added(path, old, b), at, 0)
 
-    return jax.tree.map(add, sums, more)
+    return jax.tree.map_with_path(add, sums, more)
 
   def _as_it_is(self, gradients: Tree) -> Tree:
     """Gradients that a loop is to add up in their scattered form: XLA would move the reduction behind the loop, whose
@@ -321,6 +334,19 @@ class _Run:
     if self.alone or (always and self.schedule.repeats == 1):
       return f()
     return jax.lax.cond(condition, f, lambda: otherwise)
+
+
+def _neutral(path: Any) -> float:
+  """What changes nothing when it is added to a sum, or is compared with a maximum, at a path of a tree."""
+  return -jnp.inf if path and str(getattr(path[-1], "key", "")).startswith("max_") else 0.0
+
+
+def _added(path: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+  return a + b if _neutral(path) == 0 else jnp.maximum(a, b)
+
+
+def _empty(tree: Tree) -> Tree:
+  return jax.tree.map_with_path(lambda path, a: jnp.full(a.shape, _neutral(path), a.dtype), tree)
 
 
 @jax.tree_util.register_dataclass

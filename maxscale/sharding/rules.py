@@ -31,6 +31,7 @@ PARAM: Table = {
   "heads": ("tensor",),
   "kv_heads": ("tensor",),
   "head_dim": (),
+  "rank": ("fsdp",),  # of the latents of attention
   "experts": ("expert",),
   "norm": (),  # scales of norms: a few KiB, needed whole by every device
   "scalar": (),
@@ -38,12 +39,13 @@ PARAM: Table = {
 COMPUTE: Table = {
   **PARAM,
   "embed": (),
+  "rank": (),
   "batch": ("data", "fsdp", "expert"),
   "length": ("context",),  # inside attention and MLPs
   "residual_length": ("context", "tensor"),  # norms and the residual stream
 }
 TOKENS = ("batch", "length", "residual_length")
-WHOLE = ("embed", "head_dim", "norm", "scalar")  # operations need all of these dimensions
+WHOLE = ("embed", "rank", "head_dim", "norm", "scalar")  # operations need all of these dimensions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from maxscale import config
-from maxscale.models import experts, kernels
+from maxscale.models import experts, kernels, router
 from maxscale.sharding import context, rules
 from tests.models import reference as ref
 
@@ -24,6 +24,20 @@ ALL = tuple(range(E))
 FEW = (0, 1, 3)  # the other experts, and with them devices, receive nothing
 WHOLE = {"expert": 1, "data": 2, "tensor": 2}  # every device has all experts
 LAYOUTS = [{"expert": 2, "data": 4}, {"expert": 4, "fsdp": 2}, {"expert": 8}, {"expert": 2, "tensor": 2, "fsdp": 2}]
+
+WIDE = {"gate": ("experts", "embed", "mlp"), "up": ("experts", "embed", "mlp")}
+NARROW = {"down": ("experts", "mlp", "embed")}
+BIASES = {"gate_bias": ("experts", "mlp"), "up_bias": ("experts", "mlp"), "down_bias": ("experts", None)}
+NAMES = WIDE | NARROW | BIASES
+KINDS = {"silu": (*WIDE, *NARROW), "clamped_swiglu": tuple(NAMES), "relu2": ("up", "down", "up_bias", "down_bias")}
+PLAIN = {
+  "silu": lambda g, u: g / (1 + jnp.exp(-g)) * u,
+  "clamped_swiglu": lambda g, u: (
+    (jnp.where(abs(u) < 7, u, 7 * jnp.sign(u)) + 1)
+    * (jnp.where(g < 7, g, 7) / (1 + jnp.exp(-1.702 * jnp.where(g < 7, g, 7))))
+  ),
+  "relu2": lambda _, u: jnp.where(u > 0, u, 0) ** 2,
+}
 
 if __name__ != "__main__":  # on a TPU memory is what it was; here, whoever reads it shows
   jax.lax.empty = lambda shape, dtype: jnp.full(shape, jnp.nan, dtype)
@@ -41,30 +55,33 @@ def blocks(sizes):
   return math.prod(size for axis, size in sizes.items() if axis != "tensor")
 
 
-def inputs(tokens, ids=None, chosen=ALL, seed=0):
-  """x, gates, ids, the weights gate, up, down, and dy, for all devices."""
+def inputs(tokens, ids=None, chosen=ALL, seed=0, kind="silu"):
+  """x, gates, ids, the weights by name, and dy, for all devices."""
   rng = np.random.default_rng(seed)
   if ids is None:
     ids = np.stack([rng.permutation(chosen)[:A] for _ in range(tokens)])
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-  weights = normal(E, D, F) / D**0.5, normal(E, D, F) / D**0.5, normal(E, F, D) / F**0.5
+  sizes = {"experts": E, "embed": D, "mlp": F, None: D}
+  weights = {name: normal(*(sizes[n] for n in NAMES[name])) for name in KINDS[kind]}
+  weights = {name: 5 * w if "bias" in name else w / w.shape[1] ** 0.5 for name, w in weights.items()}  # clamps clamp
   return normal(tokens, D), jax.nn.softmax(normal(tokens, A)), jnp.asarray(ids, jnp.int32), weights, normal(tokens, D)
 
 
-def step(mesh, table, factor, dtype="float32", wrap=lambda f: f):
+def step(mesh, table, factor, kind="silu", dtype="float32", wrap=lambda f: f, route="sparse"):
   """A function of `inputs` on the devices of a mesh: y, rows dropped by each device, gradients of x, gates, weights."""
-  names = (("experts", "embed", "mlp"),) * 2 + (("experts", "mlp", "embed"),)
-  rows, weights = table.spec(("batch",), "compute"), tuple(table.spec(n, "param") for n in names)
+  names = {name: NAMES[name] for name in KINDS[kind]}
+  rows, weights = table.spec(("batch",), "compute"), {name: table.spec(n, "param") for name, n in names.items()}
+  ready = lambda name, w: w if "bias" in name else kernels.Weight.of(w, names[name], dtype, "float32")  # noqa: E731
 
   def local(x, gates, ids, weights, dy):
     def f(x, gates, weights):
-      weights = [kernels.Weight.of(w, n, dtype, "float32") for w, n in zip(weights, names)]
-      return experts.experts(x, gates, ids, weights, factor)
+      used = {"gate": None, **{name: ready(name, w) for name, w in weights.items()}}
+      return experts.experts(x, gates, ids, experts.Weights(**used), kind, factor, route)
 
     y, pull, stats = jax.vjp(wrap(f), x.astype(dtype), gates, weights, has_aux=True)
     dx, dgates, dweights = pull(dy.astype(dtype))
     y, dx, dgates = (context.psum(v, "mlp") for v in (y, dx, dgates))
-    dweights = tuple(jax.lax.psum(w, context.unsummed(n)) for w, n in zip(dweights, names))
+    dweights = {name: jax.lax.psum(w, context.unsummed(names[name])) for name, w in dweights.items()}
     return y, stats["dropped"][None], dx, dgates, dweights
 
   in_specs, out_specs = (rows, rows, rows, weights, rows), (rows, rows, rows, rows, weights)
@@ -81,14 +98,18 @@ def split(sizes, args, factor, *more):
   return jax.tree.map(np.asarray, program(tuple(sizes.items()), factor, *more)(*args))
 
 
-@jax.jit
-def plain(args, fits):
+@functools.partial(jax.jit, static_argnums=2)
+def plain(args, fits, kind="silu"):
   """The same from each expert for each token; fits: bool [tokens, A], choices that count."""
   x, gates, ids, weights, dy = args
 
+  def expert(x, w):
+    gate = x @ w["gate"] + w.get("gate_bias", 0) if "gate" in w else None
+    return PLAIN[kind](gate, x @ w["up"] + w.get("up_bias", 0)) @ w["down"] + w.get("down_bias", 0)
+
   def f(x, gates, weights):
     share = jnp.sum(jax.nn.one_hot(ids, E) * (gates * fits)[..., None], 1)
-    return sum(share[:, e : e + 1] * ref.gated(x, *(w[e] for w in weights)) for e in range(E))
+    return sum(share[:, e : e + 1] * expert(x, {name: w[e] for name, w in weights.items()}) for e in range(E))
 
   y, pull = jax.vjp(f, x, gates, weights)
   return y, *pull(dy)
@@ -109,14 +130,14 @@ def fitting(ids, parts, factor):
   return fits.reshape(-1, A)
 
 
-def check(sizes, args, factor, *more, tolerance=1e-5):
+def check(sizes, args, factor, kind="silu", *more, tolerance=1e-5):
   """A layout against the plain computation; returns the rows dropped by each device."""
   fits = fitting(args[2], sizes["expert"], factor)
-  y, dropped, dx, dgates, dweights = split(sizes, args, factor, *more)
-  np.testing.assert_array_equal(dropped, (~fits).reshape(blocks(sizes), -1).sum(1))
-  names = ("y", "dx", "dgates", "dgate", "dup", "ddown")
-  expected = dict(zip(names, jax.tree.leaves(plain(args, fits))))
-  ref.assert_close(dict(zip(names, (y, dx, dgates, *dweights))), expected, tolerance, str(sizes))
+  y, dropped, dx, dgates, dweights = split(sizes, args, factor, kind, *more)
+  np.testing.assert_array_equal(dropped, (~fits & (args[2] >= 0)).reshape(blocks(sizes), -1).sum(1))
+  ys, dxs, dgatess, dweightss = plain(args, fits, kind)
+  expected = {"y": ys, "dx": dxs, "dgates": dgatess, **dweightss}
+  ref.assert_close({"y": y, "dx": dx, "dgates": dgates, **dweights}, expected, tolerance, f"{sizes} {kind}")
   assert not dgates[~fits].any()
   return dropped
 
@@ -125,6 +146,32 @@ def case_every_layout_is_the_plain_computation():
   for sizes in [WHOLE, *LAYOUTS]:
     for chosen in (ALL, FEW):  # of the few, all rows go to half of the devices or fewer
       assert not check(sizes, inputs(blocks(sizes) * M, chosen=chosen), sizes["expert"]).any()
+
+
+def case_biases_and_other_activations_in_every_layout():
+  for sizes in [{"expert": 1}, WHOLE, *LAYOUTS[1::2]]:
+    for kind in ("clamped_swiglu", "relu2"):
+      check(sizes, inputs(blocks(sizes) * M, kind=kind), sizes["expert"], kind)
+  assert check(LAYOUTS[3], inputs(4 * M, chosen=FEW, kind="clamped_swiglu"), 1.0, "clamped_swiglu").any()
+
+
+def case_the_dense_route_is_the_same():
+  for sizes in ({"expert": 1}, WHOLE):
+    for kind in KINDS:
+      ids = np.where(np.arange(A) + np.arange(blocks(sizes) * M)[:, None] % 3, inputs(blocks(sizes) * M)[2], -1)
+      args = inputs(blocks(sizes) * M, ids=ids, kind=kind)
+      check(sizes, args, 1.0, kind, "float32", plain_wrap, "dense")
+      check(sizes, args, 1.0, kind)
+  try:
+    split({"expert": 2}, inputs(2 * M), 2.0, "silu", "float32", plain_wrap, "dense")
+  except config.ConfigError as e:
+    assert "model.moe.route" in str(e)
+  else:
+    raise AssertionError("experts are split")
+
+
+def plain_wrap(f):
+  return f
 
 
 def case_rows_that_do_not_fit_are_dropped_and_counted():
@@ -151,12 +198,9 @@ def case_choices_of_no_expert_take_no_room():
   ids = np.tile([0, 1], (2 * M, 1))
   ids[::2] = -1
   args = inputs(2 * M, ids=ids)
-  fits = fitting(args[2], 2, 1.0)
-  assert fits.sum() == 2 * M and (fits == (ids >= 0)).all()
-  y, dropped, dx, dgates, dweights = split({"expert": 2}, args, 1.0)
-  assert not dropped.any()
-  for a, b in zip((y, dx, dgates, *dweights), jax.tree.leaves(plain(args, fits))):
-    ref.assert_close(a, np.asarray(b), 1e-5)
+  assert fitting(args[2], 2, 1.0).sum() == 2 * M
+  assert not check({"expert": 2}, args, 1.0).any()
+  y, _, dx, *_ = split({"expert": 2}, args, 1.0)
   assert not y[::2].any() and not dx[::2].any()
 
 
@@ -181,6 +225,10 @@ def case_rows_that_nobody_filled_change_nothing():
   try:
     check(LAYOUTS[1], inputs(8 * M, chosen=FEW), 1.5)
     check(LAYOUTS[1], inputs(8 * M), 1.5)
+    ids = np.where(np.arange(A) + np.arange(2 * M)[:, None] % 3, inputs(2 * M)[2], -1)
+    for kind in ("clamped_swiglu", "relu2"):
+      check(LAYOUTS[1], inputs(8 * M, chosen=FEW, kind=kind), 1.5, kind)
+      check(WHOLE, inputs(2 * M, ids=ids, kind=kind), 1.0, kind)
   finally:
     kernels.grouped_matmul = real
     program.cache_clear()
@@ -188,24 +236,167 @@ def case_rows_that_nobody_filled_change_nothing():
 
 def case_remat_changes_nothing():
   policy = jax.checkpoint_policies.save_only_these_names("gate", "up")
-  check(LAYOUTS[1], inputs(8 * M, chosen=FEW), 1.0, "float32", functools.partial(jax.checkpoint, policy=policy))
+  check(LAYOUTS[1], inputs(8 * M, chosen=FEW), 1.0, "silu", "float32", functools.partial(jax.checkpoint, policy=policy))
 
 
 def case_bfloat16():
-  args = inputs(8 * M, chosen=FEW)
-  y, _, dx, *_ = split(LAYOUTS[1], args, 1.0, "bfloat16")
-  assert y.dtype == dx.dtype == jnp.bfloat16
-  check(LAYOUTS[1], args, 1.0, "bfloat16", tolerance=3e-2)
+  for kind in KINDS:
+    args = inputs(8 * M, chosen=FEW, kind=kind)
+    y, _, dx, *_ = split(LAYOUTS[1], args, 1.0, kind, "bfloat16")
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    check(LAYOUTS[1], args, 1.0, kind, "bfloat16", tolerance=3e-2)
 
 
 def case_the_program_does_not_grow_with_the_devices():
   def lines(sizes, copies=1):
     x, gates, ids, weights, dy = inputs(8 * M)
-    weights = tuple(jnp.concatenate([w] * copies) for w in weights)
+    weights = {name: jnp.concatenate([w] * copies) for name, w in weights.items()}
     return len(step(*layout(**sizes), 1.5).lower(x, gates, ids, weights, dy).as_text().splitlines())
 
   few = lines({"expert": 2, "data": 4})
   assert few == lines({"expert": 4, "data": 2}) == lines({"expert": 2, "data": 4}, 4)
+
+
+# ---- routers on split sequences
+
+
+def routed(sizes, moe, logits, valid, dy):
+  """Choices, what is counted, and the gradient of the losses and gates, on a layout of sequences."""
+  mesh, table = layout(**sizes)
+  whole = table.spec(("batch", "residual_length", None), "compute")
+
+  def local(logits, valid, dy):
+    def f(logits):
+      choice = router.choose(moe, A, E, logits, None)
+      out = router.balance(moe, choice, logits, valid[..., 0])
+      objective = out["balance_loss"] + 0.1 * out["router_z_loss"] + jnp.sum(dy * choice.gates)
+      return objective, (choice.ids, out)
+
+    gradient, (ids, out) = jax.grad(f, has_aux=True)(logits)
+    margin = -context.pmax(context.pmax(-out.pop("margin"), "batch"), "residual_length")
+    return ids, gradient, {**context.token_sum(out, residual=True), "margin": margin}
+
+  f = context.on_mesh(local, mesh, table, whole, (whole, whole, P()))
+  return jax.tree.map(np.asarray, jax.jit(f)(logits, valid, dy))
+
+
+def sequences(seed=0):
+  """logits [4, 16, E + 2] with padded experts, valid [4, 16, 1], and cotangents of gates."""
+  rng = np.random.default_rng(seed)
+  valid = np.arange(16)[:, None] < np.array([16, 9, 3, 0])[:, None, None]
+  shapes = (4, 16, E + 2), (4, 16, A)
+  logits, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+  return logits, jnp.asarray(valid), dy
+
+
+def case_a_router_is_the_same_on_split_sequences():
+  for moe in (config.Moe(), config.Moe(score="sigmoid", groups=4, groups_per_token=2, group_score="top2")):
+    one = routed({}, moe, *sequences())
+    for sizes in ({"tensor": 2, "data": 2}, {"tensor": 2, "context": 2, "expert": 2}, {"tensor": 8}):
+      ids, gradient, out = routed(sizes, moe, *sequences())
+      np.testing.assert_array_equal(ids, one[0])
+      ref.assert_close({"gradient": gradient, **out}, {"gradient": one[1], **one[2]}, 1e-6, str(sizes))
+
+
+def limited(sizes, ids, valid):
+  """router.capacity on the gathered choices of a layout: ids, and the dropped of all tokens."""
+  mesh, table = layout(**sizes)
+  split, region = (table.spec(("batch", name, None), "compute") for name in ("residual_length", "length"))
+
+  def local(ids, valid):
+    ids, valid = context.gather(ids, "mlp"), context.gather(valid, "mlp")[..., 0]
+    ids, dropped = router.capacity(0.75, E, ids, valid)
+    return ids, context.token_sum(dropped, residual=False)
+
+  return jax.tree.map(np.asarray, jax.jit(context.on_mesh(local, mesh, table, split, (region, P())))(ids, valid))
+
+
+def case_capacity_is_the_same_on_split_sequences():
+  logits, valid, _ = sequences()
+  ids = router.choose(config.Moe(), A, E, logits, None).ids
+  one, dropped = limited({}, ids, valid)
+  assert dropped > 0 and (one[np.asarray(valid)[..., 0]] >= 0).sum() == valid.sum() * A - dropped
+  for sizes in ({"tensor": 2, "data": 2}, {"tensor": 4, "expert": 2}, {"data": 4}):
+    got = limited(sizes, ids, valid)
+    np.testing.assert_array_equal(got[0], one)
+    assert got[1] == dropped
+  try:
+    limited({"context": 2}, ids, valid)
+  except config.ConfigError as e:
+    assert "mesh.context=1" in str(e)
+  else:
+    raise AssertionError("a device sees a part of each sequence")
+
+
+# ---- routers on split sequences
+
+
+def routed(sizes, moe, logits, valid, dy):
+  """Choices, what is counted, and the gradient of the losses and gates, on a layout of sequences."""
+  mesh, table = layout(**sizes)
+  whole = table.spec(("batch", "residual_length", None), "compute")
+
+  def local(logits, valid, dy):
+    def f(logits):
+      choice = router.choose(moe, A, E, logits, None)
+      out = router.balance(moe, choice, logits, valid[..., 0])
+      objective = out["balance_loss"] + 0.1 * out["router_z_loss"] + jnp.sum(dy * choice.gates)
+      return objective, (choice.ids, out)
+
+    gradient, (ids, out) = jax.grad(f, has_aux=True)(logits)
+    margin = -context.pmax(context.pmax(-out.pop("margin"), "batch"), "residual_length")
+    return ids, gradient, {**context.token_sum(out, residual=True), "margin": margin}
+
+  f = context.on_mesh(local, mesh, table, whole, (whole, whole, P()))
+  return jax.tree.map(np.asarray, jax.jit(f)(logits, valid, dy))
+
+
+def sequences(seed=0):
+  """logits [4, 16, E + 2] with padded experts, valid [4, 16, 1], and cotangents of gates."""
+  rng = np.random.default_rng(seed)
+  valid = np.arange(16)[:, None] < np.array([16, 9, 3, 0])[:, None, None]
+  shapes = (4, 16, E + 2), (4, 16, A)
+  logits, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+  return logits, jnp.asarray(valid), dy
+
+
+def case_a_router_is_the_same_on_split_sequences():
+  for moe in (config.Moe(), config.Moe(score="sigmoid", groups=4, groups_per_token=2, group_score="top2")):
+    one = routed({}, moe, *sequences())
+    for sizes in ({"tensor": 2, "data": 2}, {"tensor": 2, "context": 2, "expert": 2}, {"tensor": 8}):
+      ids, gradient, out = routed(sizes, moe, *sequences())
+      np.testing.assert_array_equal(ids, one[0])
+      ref.assert_close({"gradient": gradient, **out}, {"gradient": one[1], **one[2]}, 1e-6, str(sizes))
+
+
+def limited(sizes, ids, valid):
+  """router.capacity on the gathered choices of a layout: ids, and the dropped of all tokens."""
+  mesh, table = layout(**sizes)
+  split, region = (table.spec(("batch", name, None), "compute") for name in ("residual_length", "length"))
+
+  def local(ids, valid):
+    ids, valid = context.gather(ids, "mlp"), context.gather(valid, "mlp")[..., 0]
+    ids, dropped = router.capacity(0.75, E, ids, valid)
+    return ids, context.token_sum(dropped, residual=False)
+
+  return jax.tree.map(np.asarray, jax.jit(context.on_mesh(local, mesh, table, split, (region, P())))(ids, valid))
+
+
+def case_capacity_is_the_same_on_split_sequences():
+  logits, valid, _ = sequences()
+  ids = router.choose(config.Moe(), A, E, logits, None).ids
+  one, dropped = limited({}, ids, valid)
+  assert dropped > 0 and (one[np.asarray(valid)[..., 0]] >= 0).sum() == valid.sum() * A - dropped
+  for sizes in ({"tensor": 2, "data": 2}, {"tensor": 4, "expert": 2}, {"data": 4}):
+    got = limited(sizes, ids, valid)
+    np.testing.assert_array_equal(got[0], one)
+    assert got[1] == dropped
+  try:
+    limited({"context": 2}, ids, valid)
+  except config.ConfigError as e:
+    assert "mesh.context=1" in str(e)
+  else:
+    raise AssertionError("a device sees a part of each sequence")
 
 
 # ---- the collective
@@ -289,7 +480,13 @@ def main():
     )
     for s, t, n in zip(shapes, dtypes, names)
   )
-  text = step(mesh, table, 1.25, "bfloat16").lower(x, gates, ids, (wide, wide, narrow), dy).compile().as_text() or ""
+  text = (
+    step(mesh, table, 1.25, "silu", "bfloat16")
+    .lower(x, gates, ids, {"gate": wide, "up": wide, "down": narrow}, dy)
+    .compile()
+    .as_text()
+    or ""
+  )
   print(json.dumps({
     "exchanges": re.findall(r"= (\w+)\[(\d+)[\d,]*\]\S* ragged-all-to-all\(", text),
     "others": re.findall(r"= \(?(\w+)\[.* (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\S*\(", text),

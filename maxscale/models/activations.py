@@ -1,0 +1,48 @@
+"""What an MLP does between its products."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from maxscale.config import ConfigError
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "silu": jax.nn.silu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "relu": jax.nn.relu,
+  "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al., arXiv 2109.08668
+}
+LIMIT, ALPHA = 7.0, 1.702  # of the clamped SwiGLU
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))  # backward needs no more than the inputs
+def hidden(kind: str, gate: jax.Array | None, up: jax.Array) -> jax.Array:
+  """act(gate) * up (Shazeer, arXiv 2002.05202), or act(up) without a gate, in float32 between inputs and result.
+
+  Args:
+    kind: `model.activation`. `clamped_swiglu` is gpt-oss's: (up + 1) * gate * sigmoid(1.702 * gate), the gate at most
+      7, up within +-7.
+    gate, up: [..., F].
+
+  Returns:
+    [..., F] in the dtype of up.
+
+  Raises:
+    ConfigError: the kind needs a gate and there is none.
+  """
+  x = up.astype(jnp.float32)
+  if kind == "clamped_swiglu":
+    if gate is None:
+      raise ConfigError("model.activation=clamped_swiglu has a gate; set model.gated=True or another activation")
+    g = jnp.minimum(gate.astype(jnp.float32), LIMIT)
+    y = (jnp.clip(x, -LIMIT, LIMIT) + 1) * g * jax.nn.sigmoid(ALPHA * g)
+  elif gate is None:
+    y = ACTIVATIONS[kind](x)
+  else:
+    y = ACTIVATIONS[kind](gate.astype(jnp.float32)) * x
+  return y.astype(up.dtype)

@@ -1,0 +1,112 @@
+"""Rotary embeddings (Su et al., arXiv 2104.09864), and how their frequencies are scaled for longer sequences."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxscale.config import ConfigError
+
+# Type -> (keys that it needs, keys that it may have) in `model.rope_scaling`.
+KEYS = {
+  "linear": (("factor",), ()),
+  "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+  "yarn": (("factor", "original_max_position_embeddings"),
+           ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")),
+}  # fmt: skip
+
+
+def check(scaling: dict) -> None:
+  """Refuses a wrong `model.rope_scaling`.
+
+  Raises:
+    ConfigError: its type or a key is unknown, a key is missing, or a value cannot be.
+  """
+  if not scaling:
+    return
+  kind, path = scaling.get("type"), "model.rope_scaling"
+  if kind not in KEYS:
+    raise ConfigError(f"{path}.type={kind!r} is not one of {', '.join(KEYS)}{_hint(str(kind), KEYS)}")
+  needed, more = KEYS[kind]
+  for key, value in scaling.items():
+    if key not in ("type", *needed, *more):
+      raise ConfigError(f"{path} of type {kind} has an unknown key {key!r}{_hint(key, (*needed, *more))}")
+    if key == "truncate" and type(value) is not bool:
+      raise ConfigError(f"{path}.truncate={value!r} must be true or false")
+    if key not in ("type", "truncate") and (type(value) not in (int, float) or not 0 < value < math.inf):
+      raise ConfigError(f"{path}.{key}={value!r} must be a number above 0")
+  missing = [key for key in needed if key not in scaling]
+  if missing:
+    raise ConfigError(f"{path} of type {kind} has no {missing[0]}; it needs {', '.join(needed)}")
+  for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+    if low in scaling and high in scaling and scaling[low] >= scaling[high]:
+      raise ConfigError(f"{path}.{low}={scaling[low]} must be below {high}={scaling[high]}")
+
+
+def _hint(key: str, known: Iterable[str]) -> str:
+  near = difflib.get_close_matches(key, list(known), 1)
+  return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def frequencies(theta: float, dim: int, scaling: dict) -> tuple[np.ndarray, float]:
+  """Radians that each pair turns by a position, float32 [dim / 2], and the factor of cosine and sine.
+
+  Without scaling pair i turns by theta**(-2i/dim). Scaled by
+
+    linear  all turn slower by `factor` (Chen et al., arXiv 2306.15595);
+    llama3  those do that turn less than `low_freq_factor` times in the original length, those that turn more than
+            `high_freq_factor` times do not, and between the two the share is linear (Llama 3.1, arXiv 2407.21783);
+    yarn    the same between `beta_slow` and `beta_fast` turns, linear in the number of the pair, whose bounds are
+            rounded outwards unless `truncate` is false; cosine and sine have a factor (Peng et al., arXiv 2309.00071):
+            `attention_factor`, or 1 + ln(factor) / 10, or DeepSeek's ratio of that with `mscale` and `mscale_all_dim`.
+  """
+  inverse = theta ** (-np.arange(0, dim, 2) / dim)
+  kind, factor, scale = scaling.get("type"), scaling.get("factor", 1.0), 1.0
+  kept = np.float64(1)  # share of each frequency that is not scaled
+  if kind == "linear":
+    kept = np.float64(0)
+  elif kind == "llama3":
+    turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+  elif kind == "yarn":
+    pair = lambda turns: (  # the pair, a real number, that turns so often in the original length  # noqa: E731
+      dim * math.log(scaling["original_max_position_embeddings"] / (2 * math.pi * turns)) / (2 * math.log(theta))
+    )
+    first, last = pair(scaling.get("beta_fast", 32)), pair(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+      first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    kept = 1 - np.clip((np.arange(dim // 2) - first) / (last - first or 1e-3), 0, 1)
+    scale = scaling.get("attention_factor") or _yarn_factor(scaling)
+  return (inverse * kept + inverse / factor * (1 - kept)).astype(np.float32), float(scale)
+
+
+def _yarn_factor(scaling: dict) -> float:
+  mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+  if mscale and all_dim:
+    return _mscale(scaling["factor"], mscale) / _mscale(scaling["factor"], all_dim)
+  return _mscale(scaling["factor"], 1)
+
+
+def _mscale(factor: float, weight: float) -> float:
+  return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def logit_factor(scaling: dict) -> float:
+  """Factor of the logits of latent attention: DeepSeek's second use of `mscale_all_dim`; 1 where there is none."""
+  all_dim = scaling.get("mscale_all_dim")
+  return _mscale(scaling["factor"], all_dim) ** 2 if all_dim else 1.0
+
+
+def rotate(x_btnh: jax.Array, positions_bt: jax.Array, inv_freq: np.ndarray, factor: float = 1.0) -> jax.Array:
+  """Pairs (i, i + H/2) turn by position * inv_freq [H/2], times factor; in float32, returned in the dtype of x."""
+  angle = positions_bt[..., None, None] * jnp.asarray(inv_freq, jnp.float32)
+  sin, cos = factor * jnp.sin(angle), factor * jnp.cos(angle)
+  a, b = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_btnh.dtype)
