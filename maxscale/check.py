@@ -20,12 +20,13 @@ import numpy as np
 
 from maxscale import assemble
 from maxscale import config as config_lib
-from maxscale.config import Config, ConfigError, Mesh
+from maxscale.config import Config, ConfigError, Mesh, Model
 from maxscale.errors import UserError
 from maxscale.sharding import layouts
 from maxscale.sharding.layouts import Layout
 
 BATCH, LENGTH, VOCAB, LAYERS = 16, 64, 125, 4  # of the copy: every factor of 2 in a mesh of 16 devices divides them
+WINDOW = 12  # most keys of a window: more than a device of a split sequence has
 LOSS, GRADIENT = 1e-5, 1e-4  # largest errors that are equal; they are relative
 FLOOR = 1e-3  # a gradient smaller than this fraction of all gradients is compared with that fraction
 MARGIN = 1e-4  # of the router: rounding must not change what a token chooses
@@ -66,12 +67,23 @@ def shrink(config: Config) -> Config:
   kv = 3 if config.kv_heads & (config.kv_heads - 1) else min(2 * config.kv_heads, 4) if config.kv_heads > 1 else 1
   heads = kv * min(m.heads // config.kv_heads, 4)
   experts = min(m.experts, _experts(m.experts, m.experts_per_token))
+  windows = list(dict.fromkeys(min(window, WINDOW) for window in m.windows))  # each kind of layer once
+  dense = min(config.dense_layers, 1)
   options = {
     "run.simulated_devices": layouts.DEVICES,
-    "model.vocab_size": VOCAB, "model.vocab_multiple": 8, "model.embed": 32, "model.layers": LAYERS,
+    "model.vocab_size": VOCAB, "model.vocab_multiple": 8, "model.embed": 32,
+    "model.layers": dense + LAYERS * max(1, len(windows)), "model.windows": windows,
     "model.heads": heads, "model.kv_heads": kv, "model.kv_head_multiple": 4, "model.head_dim": 8,
     "model.mlp": 32 if experts else 64, "model.experts": experts, "model.expert_multiple": 8 if experts % 8 else 1,
-    "model.dropout": 0.0, "model.compute_dtype": "float32", "optimizer.grad_reduce_dtype": "float32",
+    "model.max_positions": min(m.max_positions, LENGTH), "model.mtp": min(m.mtp, 1),
+    # a logit of the copy is small: what is left out of it must show
+    "model.attention_softcap": min(m.attention_softcap, 1.0), "model.logit_softcap": min(m.logit_softcap, 1.0),
+    "model.mla": {"q_rank": min(m.mla.q_rank, 16), "kv_rank": min(m.mla.kv_rank, 16),
+                  "nope_dim": 8, "rope_dim": 4, "v_dim": 6},
+    "model.moe.shared": min(m.moe.shared, 16), "model.moe.dense_layers": dense,
+    "model.moe.dense_mlp": min(m.moe.dense_mlp, 48), **_groups(m, experts),
+    "model.dropout": 0.0, "model.compute_dtype": "float32", "model.quantize": {}, "lora.rank": 0,
+    "optimizer.grad_reduce_dtype": "float32",
     "loss.chunk": min(config.loss.chunk, 16), "data.batch_size": BATCH, "data.length": LENGTH, "data.phases": [],
     "sharding.microbatches": min(s.microbatches, 2), "sharding.repeats": 1,
     "sharding.expert_buffer": float(layouts.DEVICES),  # nothing is dropped
@@ -86,6 +98,16 @@ def _experts(count: int, chosen: int) -> int:
   while size < 2 * chosen:
     size *= 2
   return size + 2 if count & (count - 1) else size
+
+
+def _groups(m: Model, experts: int) -> dict[str, int]:
+  """Groups for the experts of the copy: a few, where one group is left out and experts inside the others are, too."""
+  if experts == m.experts or m.moe.groups == 1:
+    return {}
+  groups = next(n for n in (4, 3, 2) if n <= m.moe.groups and experts % n == 0)
+  limited = min(m.experts_per_token * groups // experts + 1, groups - 1)
+  chosen = limited if m.moe.groups_per_token < m.moe.groups else groups
+  return {"model.moe.groups": groups, "model.moe.groups_per_token": chosen}
 
 
 def say(config: Config, small: Config) -> str:
@@ -141,12 +163,12 @@ def expect(config: Config) -> Expected:
 
 
 def parameters(config: Config) -> dict[str, np.ndarray]:
-  """Without padding, layers in their order. Norms do not start as ones here: a scale left out must show."""
+  """Without padding, layers in their order. Nothing starts as ones or zeros here: what is left out must show."""
   from maxscale.models import decoder, parts
 
   shape, rng, out = parts.Shape.of(config, config.model.vocab_size), np.random.default_rng(0), {}
-  for path, spec in decoder.skeleton(shape, tuple(range(shape.L))).specs.items():
-    mean, std = (1, 0.1) if spec.std is None else (0, spec.std)
+  for path, spec in decoder.skeleton(shape, tuple(range(shape.L - shape.L_dense))).specs.items():
+    mean, std = (1, 0.1) if spec.std is None else (0, spec.std or 0.1)
     out[path] = (mean + std * rng.standard_normal(spec.logical)).astype(np.float32)
   return out
 

@@ -666,7 +666,9 @@ def _check_model(config: Config) -> None:
     f"data.length is above model.max_positions={m.max_positions}, the learned positions that there are; lower it",
   )
   for window in m.windows:
-    _require(type(window) is int and window >= 0, f"model.windows={list(m.windows)} must hold numbers of keys, or 0 for all")
+    _require(
+      type(window) is int and window >= 0, f"model.windows={list(m.windows)} must hold numbers of keys, or 0 for all"
+    )
   _require(
     m.gated or m.activation != "clamped_swiglu", "model.activation=clamped_swiglu has a gate; set model.gated=True"
   )

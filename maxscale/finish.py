@@ -50,9 +50,15 @@ def sample(
   program: Any, tokenizer: Any, params: Any, prompt: str, tokens: int, temperature: float = 0.8, seed: int = 0
 ) -> str:
   """A text that continues the prompt, on the devices of a program, whatever its mesh."""
-  from maxscale.models.sample import sample as sample_tokens
+  ids = np.concatenate([[tokenizer.bos], tokenizer.encode(prompt)]).astype(np.int32)
+  return prompt + tokenizer.decode(sample_ids(program, params, ids, tokens, temperature, seed, tokenizer.eos))
+
+
+def sample_ids(
+  program: Any, params: Any, ids: np.ndarray, tokens: int, temperature: float, seed: int, stop: int = -1
+) -> np.ndarray:
+  """The tokens, int32 [up to `tokens`], that continue ids [P], on the devices of a program, whatever its mesh."""
+  from maxscale.models.sample import sample
 
   sampler = program.for_sampling()
-  ids = np.concatenate([[tokenizer.bos], tokenizer.encode(prompt)]).astype(np.int32)
-  new = sample_tokens(sampler, sampler.adopt(params, program), ids, tokens, temperature, seed, tokenizer.eos)
-  return prompt + tokenizer.decode(new)
+  return sample(sampler, sampler.adopt(params, program), ids, tokens, temperature, seed, stop)

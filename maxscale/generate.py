@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
+
+import numpy as np
 
 from maxscale import config as config_lib
 from maxscale.config import Config, ConfigError, Mesh, Remat, Sharding
@@ -18,6 +21,9 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m maxscale.generate", description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--run", required=True, help="directory of a run, e.g. runs/tiny")
   parser.add_argument("--prompt", default="", help="text to continue")
+  parser.add_argument(
+    "--ids", help="tokens to continue instead of a text, 1,15,7: prints those that follow, as numbers"
+  )
   parser.add_argument("--tokens", type=int, default=200, help="tokens to add")
   parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
   parser.add_argument("--seed", type=int, default=0, help="of the sampling")
@@ -26,6 +32,10 @@ def main(argv: list[str] | None = None) -> int:
   try:
     if arguments.tokens < 1 or arguments.temperature < 0:
       raise ConfigError("--tokens must be at least 1 and --temperature at least 0")
+    if arguments.ids and (arguments.prompt or not re.fullmatch(r"\d+(,\d+)*", arguments.ids)):
+      raise ConfigError(
+        f"--ids {arguments.ids} must be numbers with commas between them, and stands instead of --prompt"
+      )
     print(generate(arguments))
     return 0
   except UserError as e:
@@ -34,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def generate(arguments: argparse.Namespace) -> str:
-  """The prompt and its continuation."""
+  """The prompt and its continuation; of ids, the continuation alone."""
   from maxscale import assemble, finish, resume
   from maxscale.checkpoint.restore import restore
 
@@ -44,9 +54,13 @@ def generate(arguments: argparse.Namespace) -> str:
   found = restore(arguments.run, resume.leaves(program, "params/"), arguments.step)
   for bad in found.rejected:
     print(f"the checkpoint of step {bad.step} is damaged and was not used: {bad.array}: {bad.reason}", file=sys.stderr)
-  return finish.sample(
-    program, tokenizer, found.state["params"], arguments.prompt, arguments.tokens, arguments.temperature, arguments.seed
-  )
+  params, rest = found.state["params"], (arguments.tokens, arguments.temperature, arguments.seed)
+  if not arguments.ids:
+    return finish.sample(program, tokenizer, params, arguments.prompt, *rest)
+  ids = np.array(arguments.ids.split(","), np.int32)
+  if ids.max() >= vocab:
+    raise ConfigError(f"--ids has {ids.max()}, and the vocabulary {vocab} tokens")
+  return ",".join(map(str, finish.sample_ids(program, params, ids, *rest)))
 
 
 def read_config(run_dir: str) -> Config:

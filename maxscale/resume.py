@@ -107,8 +107,7 @@ def restore_or_initialise(run: Any) -> tuple[Any, int]:
   config, log, program = run.config, run.log, run.program
   # Where all checkpoints are damaged the run stops, it does not begin anew.
   if not commit.steps(config.run_dir) and not commit.damaged(config.run_dir):
-    with log.state("init"):
-      return jax.block_until_ready(program.initialise()()), 0
+    return _begin(run), 0
   with log.state("restore"):
     start = time.perf_counter()
     found = restore(config.run_dir, leaves(program))
@@ -125,6 +124,26 @@ def restore_or_initialise(run: Any) -> tuple[Any, int]:
       log.event("config", option=path, old=old, new=new)
       line(f"schedule: {path} was {old!r}, is now {new!r}")
   return found.state, found.step
+
+
+def _begin(run: Any) -> Any:
+  """The state before the first step, from the parameters of another run's checkpoint where the config says so. What that
+  does not have (adapters, whose base it holds) starts as in any run."""
+  import jax
+
+  from maxscale.checkpoint.restore import restore
+  from maxscale.goodput.telemetry import line
+  from maxscale.models.module import ADAPTERS
+
+  program, source, given = run.program, run.config.run.init_from, None
+  if source:
+    with run.log.state("restore"):
+      paths = {f"params/{path}" for path, s in program.skeleton.specs.items() if not path.endswith(ADAPTERS)}
+      found = restore(source, tuple(leaf for leaf in leaves(program, "params/") if leaf.path in paths))
+      given = found.state["params"]
+      line(f"parameters from step {found.step} of {source}")
+  with run.log.state("init"):
+    return jax.block_until_ready(program.initialise()(given))
 
 
 def _check_data(run: Any, found: Any) -> None:

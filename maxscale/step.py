@@ -163,14 +163,17 @@ class Program:
   # ---- the programs
 
   def initialise(self) -> jax.stages.Wrapped:
-    """() -> state, each array made already sharded."""
+    """(parameters that are there already, nested; none by default) -> state, each array made already sharded."""
 
-    def init() -> Tree:
-      params = module.map_specs(lambda s: module.initialise(s, self.config.run.seed), self.skeleton.specs)
+    def init(given: Tree | None = None) -> Tree:
+      flat = module.flatten(given or {})
+      params = module.map_specs(
+        lambda s: flat[s.path] if s.path in flat else module.initialise(s, self.config.run.seed), self.skeleton.specs
+      )
       counters = {name: jnp.zeros((), jnp.int32) for name in COUNTERS}
       return {"params": params, "optimizer": self.optimizer.init(self._trained(params)), **counters}
 
-    return jax.jit(init, out_shardings=module.map_specs(self.sharding, self.specs))
+    return jax.jit(init, out_shardings=module.map_specs(self.sharding, self.specs), donate_argnums=0)
 
   def train(self) -> jax.stages.Wrapped:
     """(state, batch) -> (state, metrics). The state is donated."""
@@ -242,7 +245,7 @@ class Program:
 
   def _sums_specs(self, gradients: bool, watch: bool) -> Tree:
     seen = {"max_logit": ("heads",)} if watch else {}
-    names = {"layers": ("layers", EXPERTS | seen if self.shape.E else seen)}
+    names: Tree = {"layers": ("layers", EXPERTS | seen if self.shape.E else seen)}
     if self.shape.L_dense and watch:
       names["dense_layers"] = (None, seen)
     if self.shape.m.mtp and gradients:

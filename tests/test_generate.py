@@ -61,8 +61,8 @@ def greedy(run_dir, prompt, tokens):
   @jax.jit
   def logits(params, ids):
     model = program.skeleton.merge(params)
-    batch = {"segments": jnp.ones_like(ids), "positions": jnp.arange(ids.shape[1])[None]}
-    x, _, _ = model.run_layers(model.embed(ids), jnp.arange(model.shape.L), batch)
+    batch = {"tokens": ids, "segments": jnp.ones_like(ids), "positions": jnp.arange(ids.shape[1])[None]}
+    x, _, _ = model.run_layers(model.embed(batch)[0], jnp.arange(model.shape.L), batch)
     return model.logits(x)[0]
 
   text = [tokenizer.bos, *tokenizer.encode(prompt)]

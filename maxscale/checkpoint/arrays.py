@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -52,13 +53,15 @@ async def write(base: str, pieces: list[Piece], leaves: tuple[Leaf, ...], first:
   """Writes this process's pieces, and with `first` the metadata of every array; returns the bytes of the pieces."""
   import asyncio
 
+  about = {leaf.path: metadata(leaf.logical_shape, leaf.dtype, _file_shape(leaf), leaf.layer_dims) for leaf in leaves}
   if first:
-    await asyncio.gather(*(_open_for_writing(base, leaf, create=True) for leaf in leaves))
+    await asyncio.gather(*(open_for_writing(base, path, about[path], create=True) for path in about))
   slots = asyncio.Semaphore(8)  # files being encoded at once: each may hold a second copy of its data
 
   async def write_one(piece: Piece) -> int:
     async with slots:
-      await _write_file(await _open_for_writing(base, piece.leaf, create=False), piece)
+      store = await open_for_writing(base, piece.leaf.path, about[piece.leaf.path], create=False)
+      await write_file(store, piece)
       return piece.data.nbytes
 
   # Popped, so that the copy on the host shrinks as it is written. A failure waits for the other writes: none may still be
@@ -72,7 +75,8 @@ async def write(base: str, pieces: list[Piece], leaves: tuple[Leaf, ...], first:
   return written
 
 
-async def _write_file(store: Any, piece: Piece) -> None:
+async def write_file(store: Any, piece: Piece) -> None:
+  """Writes a piece that is one file of an array open for writing."""
   import tensorstore as ts
 
   # One transaction a file: all inner chunks reach the disk in one write, and the file is never read back to be merged.
@@ -83,27 +87,32 @@ async def _write_file(store: Any, piece: Piece) -> None:
   await transaction.commit_async()
 
 
-async def _open_for_writing(base: str, leaf: Leaf, create: bool) -> Any:
+async def open_for_writing(base: str, path: str, metadata: dict, create: bool) -> Any:
+  """The TensorStore of an array; `create` writes its metadata."""
   import tensorstore as ts
 
-  spec = {"driver": "zarr3", "kvstore": _kvstore(base, leaf.path), "metadata": _metadata(leaf)}
+  spec = {"driver": "zarr3", "kvstore": _kvstore(base, path), "metadata": metadata}
   # Zeros are written like any value; otherwise a lost file could pass for zeros.
   spec["store_data_equal_to_fill_value"] = True
   return await ts.open(spec, open=True, create=create, assume_metadata=not create)
 
 
-def _metadata(leaf: Leaf) -> dict:
+def _file_shape(leaf: Leaf) -> list[int]:
   shard = leaf.sharding.shard_shape(leaf.padded_shape)
-  file = [n if s == p else s for n, s, p in zip(leaf.logical_shape, shard, leaf.padded_shape)]
-  chunk = [1] * leaf.layer_dims + file[leaf.layer_dims :]
+  return [n if s == p else s for n, s, p in zip(leaf.logical_shape, shard, leaf.padded_shape)]
+
+
+def metadata(shape: Sequence[int], dtype: np.dtype, file: Sequence[int], layer_dims: int) -> dict:
+  """zarr3 metadata of an array in files of a shape, each with a checksummed chunk a layer."""
+  chunk = [1] * layer_dims + list(file[layer_dims:])
   endian = {"name": "bytes", "configuration": {"endian": "little"}}
   codecs = [endian, {"name": "crc32c"}]
   inner = {"chunk_shape": chunk, "codecs": codecs, "index_codecs": codecs}
   return {
-    "shape": list(leaf.logical_shape),
-    "data_type": leaf.dtype.name,
-    "fill_value": False if leaf.dtype == bool else 0,
-    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": file}},
+    "shape": list(shape),
+    "data_type": dtype.name,
+    "fill_value": False if dtype == np.dtype(bool) else 0,
+    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(file)}},
     "codecs": [{"name": "sharding_indexed", "configuration": inner}],
   }
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from maxscale.checkpoint.layout import Leaf, arrays_of, layer_counts, layers_in, owners
+from maxscale.checkpoint.layout import Leaf, Region, arrays_of, layer_counts, layers_in, owners
 
 Fingerprints = dict[str, np.ndarray]  # parameter -> uint32 [layers, 2]
 
@@ -115,6 +115,46 @@ def _shard(leaf: Leaf, x: jax.Array) -> jax.Array:
   zero, dims = jnp.uint32(0), tuple(range(leaf.layer_dims, words.ndim))
   sums = jax.lax.reduce((h, weighted), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), dims)
   return jnp.stack(sums, -1).reshape(1, -1, 2)
+
+
+def host_words(block: np.ndarray, where: Region, shape: tuple[int, ...]) -> np.ndarray:
+  """The two words of a region of one layer, on the host: uint32 [2]. Those of the regions of a layer add up to its words.
+
+  Args:
+    block: the region's elements, of 4 bytes.
+    where: the region.
+    shape: logical shape of the layer.
+  """
+  strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+  whole = next((d for d in reversed(range(len(shape))) if where[d] != (0, shape[d])), 0)  # behind it, all is there
+  run = math.prod(b - a for a, b in where[whole:])  # elements that follow each other in the layer
+  starts = np.zeros(1, np.uint32)
+  for (a, b), stride in zip(where[:whole], strides):
+    starts = (starts[:, None] + np.arange(a, b, dtype=np.uint32) * np.uint32(stride % 2**32)).reshape(-1)
+  starts += np.uint32(where[whole][0] * strides[whole] % 2**32) if shape else np.uint32(0)
+  words = np.ascontiguousarray(block).reshape(-1, run).view(np.uint32)
+  out = np.zeros(2, np.uint32)
+  width = min(run, 1 << 15)  # what is worked on at once stays in the processor's cache
+  rows = max(1, (1 << 15) // width)
+  for row in range(0, len(words), rows):
+    for column in range(0, run, width):
+      bits = words[row : row + rows, column : column + width]
+      offsets = np.arange(column, column + bits.shape[1], dtype=np.uint32)
+      out += _host_sums(bits, starts[row : row + rows, None] + offsets)
+  return out
+
+
+def _host_sums(words: np.ndarray, position: np.ndarray) -> np.ndarray:
+  h = position * np.uint32(GOLDEN)
+  h += words
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+    h ^= h >> np.uint32(shift)
+    h *= np.uint32(factor)
+  h ^= h >> np.uint32(16)
+  position *= np.uint32(PRIME)
+  position |= np.uint32(1)
+  position *= h
+  return np.array([h.sum(dtype=np.uint32), position.sum(dtype=np.uint32)])
 
 
 def _bits(x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:

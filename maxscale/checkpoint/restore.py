@@ -135,7 +135,7 @@ def _sources(marker: dict[str, Any], leaf: Leaf) -> dict[int, tuple[str, int]]:
 def _read(base: storage.Path, marker: dict, leaves: tuple[Leaf, ...]) -> tuple[dict[str, jax.Array], dict[str, str]]:
   """The arrays, and what is damaged: array or file -> how. The answer is the same in every process."""
   stores: dict[str, Any] = {}
-  damage: dict[str, str] = _changed_files(base, marker, leaves)
+  damage: dict[str, str] = changed_files(base, marker, leaves)
   arrays: dict[str, jax.Array] = {}
   if not damage:
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
@@ -159,7 +159,7 @@ def _later(what: str, error: Exception) -> str:
   return f"{what} cannot be read now, which proves no damage: {str(error)[:500]}; mend the access and run it again"
 
 
-def _changed_files(base: storage.Path, marker: dict[str, Any], leaves: tuple[Leaf, ...]) -> dict[str, str]:
+def changed_files(base: storage.Path, marker: dict[str, Any], leaves: tuple[Leaf, ...]) -> dict[str, str]:
   """Small files that differ from their digests. Process 0 looks at all, the others at those that they will read."""
   names = marker["sha256"]
   if jax.process_index():

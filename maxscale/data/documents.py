@@ -15,13 +15,20 @@ import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
 
 import numpy as np
 
 from maxscale.config import ConfigError
 from maxscale.data import permutation
 
-SUFFIXES = {"jsonl": (".jsonl",), "parquet": (".parquet",), "arrayrecord": (".arrayrecord", ".array_record")}
+SUFFIXES = {
+  "jsonl": (".jsonl",),
+  "chat": (".jsonl",),
+  "parquet": (".parquet",),
+  "arrayrecord": (".arrayrecord", ".array_record"),
+}
+COLUMNS = {"chat": "messages"}
 STDLIB_SKIPS = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -30,11 +37,11 @@ class Corpus:
   """One split of a corpus.
 
   Attributes:
-    documents: n -> its texts from document n on.
+    documents: n -> its texts from document n on; for the kind chat, (file and line, record).
     identity: what it is read from, as JSON: equal identities hold equal documents.
   """
 
-  documents: Callable[[int], Iterator[str]]
+  documents: Callable[[int], Iterator[Any]]
   identity: dict
 
 
@@ -43,7 +50,7 @@ def open_corpus(name: str, spec: dict, split: str, heldout: float) -> Corpus:
 
   Args:
     name: of the source, for messages.
-    spec: its entry in `data.sources`; kind is stdlib, text, jsonl, parquet or arrayrecord.
+    spec: its entry in `data.sources`; kind is stdlib, text, jsonl, parquet, arrayrecord or chat.
     split: "train" or "heldout".
     heldout: fraction of the documents that is held out.
 
@@ -56,15 +63,23 @@ def open_corpus(name: str, spec: dict, split: str, heldout: float) -> Corpus:
     root, files = sysconfig.get_path("stdlib"), _stdlib(sysconfig.get_path("stdlib"))
   else:
     root, files = find(where, spec, SUFFIXES.get(kind, ()))
-  identity = {"kind": kind, "split": split, "heldout": heldout, "column": spec.get("column", "text"), "files": []}
+  identity = {
+    "kind": kind,
+    "split": split,
+    "heldout": heldout,
+    "column": spec.get("column", COLUMNS.get(kind, "text")),
+    "files": [],
+  }
   for file in files:
     stat = os.stat(os.path.join(root, file))
     identity["files"].append((file, stat.st_size, stat.st_mtime_ns))
   if kind in ("stdlib", "text"):
     return Corpus(lambda start: _texts(root, files, split, heldout, start), identity)
-  records = {"jsonl": _jsonl, "parquet": _parquet, "arrayrecord": _arrayrecord}[kind]
   mine = Split(split, heldout)
   paths = [os.path.join(root, file) for file in files]
+  if kind == "chat":
+    return Corpus(lambda start: itertools.islice(_json_records(paths, mine), start, None), identity)
+  records = {"jsonl": _jsonl, "parquet": _parquet, "arrayrecord": _arrayrecord}[kind]
   column = identity["column"]
   return Corpus(lambda start: itertools.islice(records(where, paths, column, mine), start, None), identity)
 
@@ -114,7 +129,7 @@ def _stdlib(root: str) -> list[str]:
 
 def _texts(root: str, files: list[str], split: str, heldout: float, start: int) -> Iterator[str]:
   if len(files) == 1:  # nothing to choose from: its end is held out
-    text = _read_text(os.path.join(root, files[0]))
+    text = read_text(os.path.join(root, files[0]))
     cut = round(len(text) * (1 - heldout))
     mine = [text[:cut] if split == "train" else text[cut:]]
     yield from mine[start:]
@@ -122,10 +137,11 @@ def _texts(root: str, files: list[str], split: str, heldout: float, start: int) 
   by_hash = sorted(files, key=lambda f: hashlib.blake2b(f.encode()).digest())
   held = set(by_hash[: max(round(heldout * len(files)), 1) if heldout else 0])
   for file in [f for f in files if (f in held) == (split == "heldout")][start:]:
-    yield _read_text(os.path.join(root, file))
+    yield read_text(os.path.join(root, file))
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str) -> str:
+  """A text file; ConfigError where it is not UTF-8."""
   with open(path, "rb") as f:
     return _utf8(f.read(), path)
 
@@ -138,6 +154,18 @@ def _utf8(data: bytes, where: str) -> str:
 
 
 def _jsonl(where: str, paths: list[str], column: str, mine: Split) -> Iterator[str]:
+  for place, record in _json_records(paths, mine):
+    if column not in record:
+      no_column(place, column, record, where)
+    text = record[column]
+    if not isinstance(text, str):
+      raise ConfigError(f"{place}: {column!r} is {type(text).__name__}, not text; set {where}.column to a text column")
+    check_surrogates(text, place, column)
+    yield text
+
+
+def _json_records(paths: list[str], mine: Split) -> Iterator[tuple[str, dict]]:
+  """(file:line, the object in it)."""
   ordinal, keep = 0, []
   for path in paths:
     with open(path, "rb") as f:
@@ -147,28 +175,31 @@ def _jsonl(where: str, paths: list[str], column: str, mine: Split) -> Iterator[s
         if ordinal % 4096 == 0:  # many at a time: NumPy is slow on single numbers
           keep = mine.has(np.arange(ordinal, ordinal + 4096)).tolist()
         if keep[ordinal % 4096]:
-          yield _json_text(line, column, f"{path}:{number}", where)
+          place = f"{path}:{number}"
+          yield place, _json_record(line, place)
         ordinal += 1
 
 
-def _json_text(line: bytes, column: str, place: str, where: str) -> str:
+def _json_record(line: bytes, place: str) -> dict:
   try:
     record = json.loads(_utf8(line, place))
   except json.JSONDecodeError as e:
     raise ConfigError(f"{place}: not JSON ({e.msg}, column {e.colno}); repair or remove the line") from None
-  if not isinstance(record, dict) or column not in record:
-    _no_column(place, column, record if isinstance(record, dict) else (), where)
-  text = record[column]
-  if not isinstance(text, str):
-    raise ConfigError(f"{place}: {column!r} is {type(text).__name__}, not text; set {where}.column to a text column")
+  if not isinstance(record, dict):
+    raise ConfigError(f"{place}: {type(record).__name__}, not an object with columns; repair or remove the line")
+  return record
+
+
+def check_surrogates(text: str, place: str, column: str) -> None:
+  """ConfigError for half of a surrogate pair: JSON can spell it, and no tokenizer takes it."""
   try:
     text.encode()
-  except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+  except UnicodeEncodeError:
     raise ConfigError(f"{place}: {column!r} has a lone surrogate, which is not text; repair or remove it") from None
-  return text
 
 
-def _no_column(place: str, column: str, columns, where: str) -> None:
+def no_column(place: str, column: str, columns: Iterable[str], where: str) -> NoReturn:
+  """Raises the ConfigError that names the nearest column."""
   near = difflib.get_close_matches(column, columns, 1)
   known = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, columns)) or 'none'}"
   raise ConfigError(f"{place} has no column {column!r} (set {where}.column); {known}")
@@ -183,7 +214,7 @@ def _parquet(where: str, paths: list[str], column: str, mine: Split) -> Iterator
     try:
       with pyarrow.parquet.ParquetFile(path) as file:
         if column not in file.schema_arrow.names:
-          _no_column(path, column, file.schema_arrow.names, where)
+          no_column(path, column, file.schema_arrow.names, where)
         for batch in file.iter_batches(1024, columns=[column]):
           for i in np.flatnonzero(mine.has(np.arange(ordinal, ordinal + len(batch)))):
             text = batch.column(0)[i].as_py()

@@ -50,8 +50,11 @@ def _context(source: Source, vocab_size: int, order: int, limit: int) -> np.ndar
     begin = np.zeros(len(tokens), np.int64)
     begin[starts] = starts
     begin = np.maximum.accumulate(begin)
+    target = index > begin
+    if source.loss_mask:
+      target &= source.loss_mask(block, 0, len(tokens))
     before = [np.where(index - k >= begin, np.roll(tokens, k), vocab_size).astype(np.int32) for k in range(order)]
-    columns.append(np.stack(before)[:, index > begin])
+    columns.append(np.stack(before)[:, target])
     left -= len(tokens)
     if not left:
       break

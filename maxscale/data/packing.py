@@ -20,7 +20,9 @@ def rows_of_blocks(blocks: np.ndarray, length: int) -> np.ndarray:
   return -(-blocks // length)
 
 
-def pack(read: Callable, blocks: np.ndarray, ends: np.ndarray, rows: np.ndarray, length: int) -> Batch:
+def pack(
+  read: Callable, blocks: np.ndarray, ends: np.ndarray, rows: np.ndarray, length: int, loss_mask: Callable | None = None
+) -> Batch:
   """The examples of some rows.
 
   Args:
@@ -29,6 +31,7 @@ def pack(read: Callable, blocks: np.ndarray, ends: np.ndarray, rows: np.ndarray,
     ends: number of rows up to the end of each block: the running sum of `rows_of_blocks`.
     rows: int64 [B], each below ends[-1].
     length: T.
+    loss_mask: (block, start, stop) -> whether each of these tokens counts as a target; None: all do.
 
   Returns:
     what `examples` returns, int32 [B, T].
@@ -36,6 +39,7 @@ def pack(read: Callable, blocks: np.ndarray, ends: np.ndarray, rows: np.ndarray,
   tokens = np.zeros((len(rows), length + 1), np.int32)
   first = np.zeros((len(rows), length + 1), bool)
   count = np.zeros(len(rows), np.int64)
+  mask = np.ones(tokens.shape, bool)
   which = np.searchsorted(ends, rows, "right")
   starts = (rows - (ends - rows_of_blocks(blocks, length))[which]) * length
   stops = np.minimum(starts + length + 1, blocks[which])
@@ -43,19 +47,22 @@ def pack(read: Callable, blocks: np.ndarray, ends: np.ndarray, rows: np.ndarray,
     tokens[i, : stop - start], documents = read(block, start, stop)
     first[i, documents] = True
     count[i] = stop - start
-  return examples(tokens, first, count)
+    if loss_mask:
+      mask[i, : stop - start] = loss_mask(block, start, stop)
+  return examples(tokens, first, count, mask if loss_mask else None)
 
 
-def examples(tokens: np.ndarray, first: np.ndarray, count: np.ndarray) -> Batch:
+def examples(tokens: np.ndarray, first: np.ndarray, count: np.ndarray, mask: np.ndarray | None = None) -> Batch:
   """Inputs, targets and segments of rows that were read.
 
   Args:
     tokens: int32 [B, T + 1].
     first: bool [B, T + 1], true where a document starts.
     count: int64 [B], how many of a row's tokens there are; the rest is padding.
+    mask: bool [B, T + 1], whether a token counts as a target; None: all do.
 
   Returns:
-    int32 [B, T] each: `tokens`; `targets`, the next token of the same document, or -1 where there is none;
+    int32 [B, T] each: `tokens`; `targets`, the next token of the same document, or -1 where none counts;
     `segments`, counted from 1 along the row, 0 in padding; `positions` within the segment, from 0.
   """
   length = tokens.shape[1] - 1
@@ -64,7 +71,10 @@ def examples(tokens: np.ndarray, first: np.ndarray, count: np.ndarray) -> Batch:
   first[:, 0] = True
   segments = np.cumsum(first[:, :-1], axis=1, dtype=np.int32)
   positions = t - np.maximum.accumulate(np.where(first[:, :-1], t, 0), axis=1)
-  targets = np.where(first[:, 1:] | (t + 1 >= count[:, None]), np.int32(-1), tokens[:, 1:])
+  none = first[:, 1:] | (t + 1 >= count[:, None])
+  if mask is not None:
+    none |= ~mask[:, 1:]
+  targets = np.where(none, np.int32(-1), tokens[:, 1:])
   return {
     "tokens": tokens[:, :-1],
     "targets": targets,

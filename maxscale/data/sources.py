@@ -6,11 +6,12 @@
   jsonl         one document a line                                             path column heldout
   parquet       one document a row                                              path column heldout
   arrayrecord   one document a record, UTF-8                                    path heldout
+  chat          one conversation a line, as JSON (see chat.py)                  path column loss heldout
   tokens        raw token ids, *.bin or one-dimensional *.npy                   path dtype heldout
   synthetic     random tokens, for benchmarks                                   -
   copy          random tokens twice, to see that attention learns               -
 
-Text, ArrayRecord too, is tokenised once into a store: packing needs the length of every document in tokens, which
+Text, of conversations too, is tokenised once into a store: packing needs the length of every document in tokens, which
 only tokenising tells. A tokens file is used as it is.
 """
 
@@ -20,13 +21,14 @@ import difflib
 import hashlib
 import json
 import os
+from collections.abc import Callable
 
 import numpy as np
 
 from maxscale import config as config_lib
 from maxscale import storage
 from maxscale.config import ConfigError
-from maxscale.data import documents, packing, permutation, store
+from maxscale.data import chat, documents, packing, permutation, store
 from maxscale.data.tokenizers import Tokenizer
 
 HELDOUT = 0.05
@@ -36,11 +38,12 @@ KINDS = {
   "jsonl": ("path", "column", "heldout"),
   "parquet": ("path", "column", "heldout"),
   "arrayrecord": ("path", "heldout"),
+  "chat": ("path", "column", "loss", "heldout"),
   "tokens": ("path", "dtype", "heldout"),
   "synthetic": (),
   "copy": (),
 }
-KEY_TYPES = {"path": str, "column": str, "dtype": str, "heldout": (int, float)}
+KEY_TYPES = {"path": str, "column": str, "dtype": str, "loss": str, "heldout": (int, float)}
 
 
 class Source:
@@ -48,11 +51,13 @@ class Source:
 
   Attributes:
     blocks: tokens of each block, int64 [blocks]: all that start-up reads.
+    loss_mask: (block, start, stop) -> which of these tokens count as targets, bool [stop - start]; None: all do.
     fingerprint: documents, tokens and digest; a resume compares it to see that the corpus is still the same.
   """
 
   blocks: np.ndarray
   fingerprint: dict
+  loss_mask: Callable[[int, int, int], np.ndarray] | None = None
 
   def __init__(self):
     self._ends: dict[int, np.ndarray] = {}
@@ -67,7 +72,7 @@ class Source:
 
   def examples(self, rows: np.ndarray, length: int) -> packing.Batch:
     """Rows int64 [B] as int32 [B, T] arrays: tokens, targets, segments, positions (see packing.py)."""
-    return packing.pack(self.read, self.blocks, self._row_ends(length), rows, length)
+    return packing.pack(self.read, self.blocks, self._row_ends(length), rows, length, self.loss_mask)
 
   def _row_ends(self, length: int) -> np.ndarray:
     if length not in self._ends:
@@ -81,6 +86,8 @@ class Documents(Source):
   def __init__(self, tokenised: store.Store):
     super().__init__()
     self.blocks, self.read = tokenised.blocks, tokenised.read
+    if tokenised.masked:
+      self.loss_mask = tokenised.loss_mask
     self.fingerprint = {"documents": tokenised.documents, "tokens": tokenised.tokens, "digest": tokenised.digest}
 
 
@@ -173,7 +180,8 @@ def open_source(name: str, spec: dict, tokenizer: Tokenizer, split: str, config:
     empty = not source.fingerprint["tokens"]
   else:
     source = _tokenised(name, spec, tokenizer, split, config)
-    empty = source.fingerprint["tokens"] <= 2 * source.fingerprint["documents"]  # bos and eos are not text
+    frame = 0 if kind == "chat" else 2  # bos and eos are not text
+    empty = source.fingerprint["tokens"] <= frame * source.fingerprint["documents"]
   if empty:
     purpose = "training" if split == "train" else "evaluation"
     raise ConfigError(
@@ -201,6 +209,10 @@ def check_spec(name: str, spec: dict) -> None:
       raise ConfigError(f"{where} of kind {spec['kind']!r} has no key {key!r}{_near(key, keys)}; it has: {_list(keys)}")
     if not isinstance(value, KEY_TYPES[key]):
       raise ConfigError(f"{where}.{key}={value!r} must be a {'number' if key == 'heldout' else 'text'}")
+  if spec.get("loss", "all") not in chat.LOSSES:
+    raise ConfigError(
+      f"{where}.loss={spec['loss']!r} is not one of {', '.join(chat.LOSSES)}{_near(spec['loss'], chat.LOSSES)}"
+    )
   if not 0 <= spec.get("heldout", HELDOUT) < 1:
     raise ConfigError(f"{where}.heldout={spec['heldout']} must be at least 0 and below 1")
 
@@ -218,10 +230,15 @@ def _tokenised(name: str, spec: dict, tokenizer: Tokenizer, split: str, config: 
   if "://" in config.data.cache:
     raise ConfigError(f"data.cache={config.data.cache!r} must be a local folder: its files are memory-mapped")
   corpus = documents.open_corpus(name, spec, split, spec.get("heldout", HELDOUT))
-  identity = json.dumps([store.FORMAT, tokenizer.fingerprint, corpus.identity], sort_keys=True)
-  key = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+  identity = [store.FORMAT, tokenizer.fingerprint, corpus.identity]
+  encode, masked = None, False
+  if spec["kind"] == "chat":
+    conversations = chat.Chat(f"data.sources.{name}", spec, tokenizer)
+    encode, masked = conversations.encode, conversations.masked
+    identity.append(conversations.identity)
+  key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
   directory = storage.path(config.data.cache) / f"{spec['kind']}-{split}-{key}"
-  return Documents(store.build(directory, corpus.documents, tokenizer, config.data.deadline))
+  return Documents(store.build(directory, corpus.documents, tokenizer, config.data.deadline, encode, masked))
 
 
 def _map_tokens(path: str, dtype: str, where: str) -> np.ndarray:

@@ -98,7 +98,9 @@ class Telemetry:
       self._skipped = int(values["skipped"])
       self._log.event("skip", step=pending.step)
     if self._writer:
-      layers = {f"{k}/{i:03d}": x for k, v in arrays.items() if v.shape and self._looks(pending.step) for i, x in enumerate(v)}
+      layers = {
+        f"{k}/{i:03d}": x for k, v in arrays.items() if v.shape and self._looks(pending.step) for i, x in enumerate(v)
+      }
       self._writer.write(pending.step, {**values, **rates, "step_seconds": seconds, **layers})
       if pending.step % self._every == 0 or pending.step in (1, self._steps):
         self._show(pending.step, values, rates)

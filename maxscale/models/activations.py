@@ -8,8 +8,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from maxscale.config import ConfigError
-
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "silu": jax.nn.silu,
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -31,14 +29,10 @@ def hidden(kind: str, gate: jax.Array | None, up: jax.Array) -> jax.Array:
 
   Returns:
     [..., F] in the dtype of up.
-
-  Raises:
-    ConfigError: the kind needs a gate and there is none.
   """
   x = up.astype(jnp.float32)
   if kind == "clamped_swiglu":
-    if gate is None:
-      raise ConfigError("model.activation=clamped_swiglu has a gate; set model.gated=True or another activation")
+    assert gate is not None  # config.check has seen to it
     g = jnp.minimum(gate.astype(jnp.float32), LIMIT)
     y = (jnp.clip(x, -LIMIT, LIMIT) + 1) * g * jax.nn.sigmoid(ALPHA * g)
   elif gate is None:

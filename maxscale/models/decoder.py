@@ -51,7 +51,8 @@ class Layer(nnx.Module):
   def __call__(self, x_btd: jax.Array, layer: jax.Array, window: int, batch: Batch, call: Call,
                cache: Any) -> tuple[jax.Array, Aux, Any]:  # fmt: skip
     m, valid = self.shape.m, sharding.own_part(batch["segments"]) > 0
-    drop = (lambda y, place: call.dropout(y, layer, place)) if call.dropout else (lambda y, place: y)
+    dropout = call.dropout
+    drop = (lambda y, place: dropout(y, layer, place)) if dropout else (lambda y, place: y)
     normed = self.attention_norm(x_btd)
     y, cache, seen = self.attention(normed, batch, window, cache, call.watch)
     x_btd = x_btd + drop(self.attention_post_norm(y) if m.post_norms else y, 0)
@@ -210,11 +211,13 @@ def skeleton(shape: Shape, rows: tuple[int, ...]) -> module.Skeleton:
   """
   decoder, lora = Decoder(shape), shape.lora
   if lora.rank and not parts.adapt(decoder, lora):
-    raise ConfigError(f"lora.targets={lora.targets!r} matches no weight of a dense product; one is layers/attention/out")
+    raise ConfigError(
+      f"lora.targets={lora.targets!r} matches no weight of a dense product; one is layers/attention/out"
+    )
   # Only `layers` is what stages of a pipeline split; the other stacks are whole on each.
   stacks = {"layers": (rows, "layers"), "dense_layers": (tuple(range(shape.L_dense)), None),
             "mtp": (tuple(range(shape.m.mtp)), None)}  # fmt: skip
-  trained = (lambda path: path.endswith(("_a", "_b"))) if lora.rank else (lambda path: True)
+  trained = (lambda path: path.endswith(module.ADAPTERS)) if lora.rank else (lambda path: True)
   return module.split(decoder, "float32", stacks, trained)
 
 

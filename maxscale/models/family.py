@@ -24,8 +24,8 @@ class Link:
   """A tensor of a Hugging Face checkpoint, and the parameters that hold the same numbers.
 
   A link applies to the parameters that the model has: one that it lacks (a bias, an output head) drops out. Where
-  several links name a parameter, the one applies that fits it: a link with `{expert}`, or with the letter `e` in its
-  form, fits parameters that stack experts, the others fit the rest.
+  several links name a parameter, the one applies that fits it: its form has as many letters on the right as the
+  parameter has dimensions, or one fewer where theirs has `{expert}`, which counts the first of them.
 
   Attributes:
     theirs: name of the tensor. `{layer}` is the number of a layer, `{expert}` that of an expert. Layers are counted as
@@ -70,8 +70,8 @@ class Family:
     options: options of `model` that all of the family have; "moe.score" is in a group.
     presets: public sizes: name -> options.
     fields: option -> key of config.json, both ways.
-    defaults: what config.json means where it lacks a key (None: our default). A key that is neither there nor here is
-      an error.
+    defaults: what config.json means where it lacks a key or has null there; None: our default, and our 0 is written as
+      null. A key that is neither there nor here is an error.
     expected: key of config.json -> the only value that `options` can mean. A key that is absent means this, too.
     read: the options that `fields` cannot say, from a config.json.
     write: the entries of config.json that `fields` cannot say, from a `resolved` model.
@@ -120,7 +120,9 @@ class Family:
       FamilyError: the model has an option that this family cannot have.
     """
     model = resolved(model)
+    null = {key for key, value in self.defaults.items() if value is None}
     entries = {key: get(model, option) for option, key in self.fields.items()}
+    entries = {key: None if key in null and not value else value for key, value in entries.items()}
     entries |= {"architectures": [self.architectures[0]], "model_type": self.model_type}
     entries |= dict(self.expected) | self.write(model)
     # Reading back what would be written finds every option that the family has no word for.

@@ -92,10 +92,12 @@ def matmul(spec: str, x: jax.Array, w: Weight) -> jax.Array:
   return _product(spec, x, w, _einsum)
 
 
-matmul.defvjp(
-  lambda spec, x, w: (matmul(spec, x, w), (x, w.residual())),
-  lambda spec, residuals, dy: _gradients(spec, *residuals, dy, _einsum),
-)
+def _matmul_bwd(spec: str, residuals: Any, dy: jax.Array) -> Any:
+  x, w = residuals
+  return _gradients(spec, x, w, dy, _einsum)
+
+
+matmul.defvjp(lambda spec, x, w: (matmul(spec, x, w), (x, w.residual())), _matmul_bwd)
 
 
 @custom_vjp
@@ -144,8 +146,8 @@ def grouped_matmul(x: jax.Array, w: Weight, sizes: jax.Array) -> jax.Array:
 
 
 def _grouped_bwd(residuals: Any, dy: jax.Array) -> Any:
-  *xw, sizes = residuals
-  return *_gradients(GROUPED, *xw, dy, _by_group(sizes)), None
+  x, w, sizes = residuals
+  return *_gradients(GROUPED, x, w, dy, _by_group(sizes)), None
 
 
 grouped_matmul.defvjp(lambda x, w, sizes: (grouped_matmul(x, w, sizes), (x, w.residual(), sizes)), _grouped_bwd)
@@ -155,18 +157,18 @@ def _by_group(sizes: jax.Array) -> quantise.Multiply:
   """The products of a grouped matmul and of its gradients, for row blocks of these sizes."""
 
   def multiply(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    dtype, cpu = jnp.dtype(dtype), sharding.platform() == "cpu"
+    dtype, precision, cpu = jnp.dtype(dtype), _precision(a), sharding.platform() == "cpu"
     if spec == "md,mf->edf":
       if cpu:
         return _blocks_outer(a, b, sizes, dtype)
       dims = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
       )
-      return jax.lax.ragged_dot_general(a, b, sizes, dims, preferred_element_type=dtype)
+      return jax.lax.ragged_dot_general(a, b, sizes, dims, precision, dtype)
     b = b if spec == GROUPED else b.swapaxes(1, 2)
     if cpu:
       return _blocks_forward(a, b, sizes, dtype)
-    return jax.lax.ragged_dot(a, b, sizes, preferred_element_type=dtype)
+    return jax.lax.ragged_dot(a, b, sizes, precision, dtype)
 
   return multiply
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -62,6 +64,7 @@ class MoE(Weights):
     return y, {**aux, "max_tie": -aux.pop("margin"), "dropped": dropped["dropped"] + cut}
 
   def _experts(self, dtype: jnp.dtype) -> experts.Weights:
-    weights = {name: self.weight(name, dtype) if hasattr(self, name) else None for name in ("gate", "up", "down")}
-    biases = {f"{name}_bias": self.array(f"{name}_bias", "mlp") for name in weights if hasattr(self, f"{name}_bias")}
-    return experts.Weights(**weights, **biases)
+    have = [name for name in ("gate", "up", "down") if hasattr(self, name)]
+    biases = [f"{name}_bias" for name in have if hasattr(self, f"{name}_bias")]
+    values: dict[str, Any] = {name: self.weight(name, dtype) for name in have}
+    return experts.Weights(**{"gate": None, **values, **{name: self.array(name, "mlp") for name in biases}})

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 Tree = dict[str, Any]
+ADAPTERS = ("_a", "_b")  # how the names of the thin matrices beside an adapted weight end
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,7 +121,12 @@ def adapt(module: nnx.Module, lora: config_lib.Lora, prefix: str = "") -> int:
     path = f"{prefix}{name}"
     if isinstance(value, nnx.Module):
       count += adapt(value, lora, f"{path}/")
-    elif isinstance(value, nnx.Param) and value.inputs and "experts" not in value.names and re.fullmatch(lora.targets, path):
+    elif (
+      isinstance(value, nnx.Param)
+      and value.inputs
+      and "experts" not in value.names
+      and re.fullmatch(lora.targets, path)
+    ):
       i, meta = value.inputs, value.get_metadata()
       shape, logical, names = value.get_value().shape, meta["logical"], meta["names"]
       a = param((*shape[:i], lora.rank), (*names[:i], None), math.prod(logical[:i]) ** -0.5, (*logical[:i], lora.rank))

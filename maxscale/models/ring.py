@@ -5,14 +5,14 @@ device i has the keys of device (i - j) % parts, and two pairs of halves are to 
 queries see all low keys; and its low queries see all low keys if these come from an earlier device, else its high
 queries see all high keys. So all devices do the same work, and only step 0, on a device's own keys, has a causal mask.
 
-What computes a pair is the caller's:
+What computes a pair is the caller's, `own` for step 0 (causal) and `rest` for the others (all is seen that has the same
+segment):
 
-  forward(queries, keys, causal) -> output [b, n, t, h], log of the sum of exponentials [b, n, t] in float32
-  backward(queries, keys, causal) -> dq, dk, dv
+  forward: f(queries, keys) -> output [b, n, t, h], log of the sum of exponentials [b, n, t] in float32
+  backward: f(queries, keys) -> dq, dk, dv
 
 Queries are (q, segments), for backward (q, segments, output, log-sum-exp, gradient of the output), where output and
-log-sum-exp are those of the whole sequence. Keys are (k, v, segments). With causal false all is seen that has the same
-segment.
+log-sum-exp are those of the whole sequence. Keys are (k, v, segments).
 """
 
 from __future__ import annotations
@@ -23,45 +23,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from maxscale.sharding import context as sharding
 
-custom_vjp: Any = jax.custom_vjp  # its own type loses the signature behind a partial
 HIDDEN = -1e30  # logit of a key that a query does not see: finite, so that no difference of two is NaN
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def ring(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array,
-         axes: tuple[str, ...], parts: int, forward: Callable, backward: Callable) -> jax.Array:  # fmt: skip
-  """Causal attention inside segments, inside a manual shard_map.
+def forward(own: Callable, rest: Callable, axes: tuple[str, ...], parts: int, queries: Any, keys: Any) -> Any:
+  """(output [b, n, t, h], log-sum-exp [b, n, t]) in float32, of all keys, inside a manual shard_map.
 
   Args:
-    q: [b, n, t, h], scaled. k, v: [b, k, t, h]. q_segments, k_segments: int32 [b, t].
+    own, rest: what computes a pair, see above.
     axes: mesh axes of the ring. parts: its devices, at least 2.
-    forward, backward: what computes a pair, see above.
-
-  Returns:
-    [b, n, t, h] in the dtype of q.
+    queries: (q [b, n, t, h], segments int32 [b, t]). keys: (k, v [b, k, t, h], segments), this device's.
   """
-  return _forward(q, k, v, q_segments, k_segments, axes, parts, forward, backward)[0]
-
-
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array,
-             axes: tuple[str, ...], parts: int, forward: Callable, backward: Callable) -> Any:  # fmt: skip
-  del backward
-  queries, keys = (q, q_segments), (k, v, k_segments)
   send, halves = functools.partial(sharding.around, axes=axes, step=1), _halves(queries)
 
   def step(so_far: Any, keys: Any, arriving: Any, j: Any) -> Any:
     half = _half(axes, j)
-    always = forward(_take(1, halves), _take(0, keys), causal=False)
-    other = forward(_take(half, halves), _take(half, keys), causal=False)
+    always = rest(_take(1, halves), _take(0, keys))
+    other = rest(_take(half, halves), _take(half, keys))
     # The compiler does not know what a kernel costs, and would hide what is sent behind the sums below instead.
     always, other, arriving = jax.lax.optimization_barrier((always, other, arriving))
     return _merge(_merge(so_far, always, 1), other, half), arriving
 
-  first = forward(queries, keys, causal=True)
+  first = own(queries, keys)
   (o, lse), arriving = jax.lax.optimization_barrier((first, send(_halves(keys))))
   (so_far, keys), _ = jax.lax.scan(
     lambda carry, j: (step(*carry, send(carry[1]), j), None),
@@ -69,28 +55,23 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_
     jnp.arange(1, parts - 1),
   )
   (o, lse), _ = step(so_far, keys, None, parts - 1)  # these keys go no further
-  # The name under which a remat policy keeps what the backward pass needs so as not to go around again.
-  o, lse = checkpoint_name(_whole(o).astype(q.dtype), "attention"), checkpoint_name(_whole(lse), "attention")
-  return o, (q, k, v, q_segments, k_segments, o, lse)
+  return _whole(o), _whole(lse)
 
 
-def _backward(axes: tuple[str, ...], parts: int, forward: Callable, backward: Callable, residuals: Any,
-              do: jax.Array) -> Any:  # fmt: skip
-  del forward
-  q, k, v, q_segments, k_segments, o, lse = residuals
-  queries, keys = (q, q_segments, o, lse, do), (k, v, k_segments)
+def backward(own: Callable, rest: Callable, axes: tuple[str, ...], parts: int, queries: Any, keys: Any) -> Any:
+  """dq, dk, dv in float32, of this device's queries and keys; see `forward`."""
   send, halves = functools.partial(sharding.around, axes=axes, step=1), _halves(queries)
 
   def step(gradients: Any, keys: Any, arriving: Any, j: Any) -> Any:
     half, (dq, *dkv) = _half(axes, j), gradients
     dkv = send(dkv)  # follow their keys
-    always = backward(_take(1, halves), _take(0, keys), causal=False)
-    other = backward(_take(half, halves), _take(half, keys), causal=False)
+    always = rest(_take(1, halves), _take(0, keys))
+    other = rest(_take(half, halves), _take(half, keys))
     always, other, dkv, arriving = jax.lax.optimization_barrier((always, other, dkv, arriving))
     sums = [x + _at(i, a) + _at(half, b) for x, i, a, b in zip((dq, *dkv), (1, 0, 0), always, other)]
     return sums, arriving
 
-  first = backward(queries, keys, causal=True)
+  first = own(queries, keys)
   first, arriving = jax.lax.optimization_barrier((first, send(_halves(keys))))
   (gradients, keys), _ = jax.lax.scan(
     lambda carry, j: (step(*carry, send(carry[1]), j), None),
@@ -99,10 +80,7 @@ def _backward(axes: tuple[str, ...], parts: int, forward: Callable, backward: Ca
   )
   (dq, *dkv), _ = step(gradients, keys, None, parts - 1)
   dk, dv = send(dkv)  # home
-  return _whole(dq).astype(q.dtype), _whole(dk).astype(k.dtype), _whole(dv).astype(v.dtype), None, None
-
-
-ring.defvjp(_forward, _backward)
+  return _whole(dq), _whole(dk), _whole(dv)
 
 
 def _half(axes: tuple[str, ...], j: Any) -> jax.Array:

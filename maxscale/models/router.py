@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from maxscale.config import ConfigError, Moe
 from maxscale.sharding import context as sharding
 
-
 TINY = 1e-18  # keeps sums of sigmoids from zero; DeepSeek's 1e-20 has no square in float32, which the gradient needs
 
 

@@ -1,7 +1,8 @@
 """The optimizer: Optax transformations on a nested dict of parameters, their state a nested dict too.
 
 Optax states are tuples of named tuples; on disk, in rules and in fingerprints everything has a path, so the state
-is kept as {"mu/<parameter path>": ..., "nu/<parameter path>": ..., "count": ...}.
+is kept as {"mu/<parameter path>": ..., "nu/<parameter path>": ..., "count": ...}, by the names that Optax has for its
+moments. Moments of matrices are kept in optimizer.state_dtype; the others, which are small, in float32.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ import optax
 from maxscale.config import Config
 from maxscale.config import Optimizer as Options
 from maxscale.models.module import ParamSpec, Tree, flatten, nest
+from maxscale.optim import moments, muon
+from maxscale.optim.adafactor import scale_by_factored_rms
+from maxscale.optim.matrices import dimensions
+from maxscale.sharding.rules import Rules
 
 Schedule = optax.Schedule
 
@@ -43,53 +48,106 @@ def schedule(o: Options, steps: int) -> Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """`update` maps (gradients, state, parameters, step) to (new parameters, new state); all nested dicts."""
+  """`update` maps (gradients, state, parameters, step) to (new parameters, new state); all nested dicts.
+
+  Attributes:
+    leaves: of each leaf of Optax's state, its spec, its dtype between steps, and the specs of the arrays that hold it.
+    treedef: of Optax's state.
+  """
 
   transform: optax.GradientTransformation
   learning_rate: Schedule
+  leaves: list[tuple[ParamSpec, str, list[ParamSpec]]]
   treedef: Any
-  specs: dict[str, ParamSpec]
+  seed: int
+
+  @property
+  def specs(self) -> dict[str, ParamSpec]:
+    """Path of every array of the state -> its spec."""
+    return {spec.path: spec for _, _, stored in self.leaves for spec in stored}
 
   def init(self, params: Tree) -> Tree:
-    return nest(_by_path(self.transform.init(params)))
+    return self._store(self.transform.init(params), jnp.int32(0))
 
   def update(self, grads: Tree, state: Tree, params: Tree, step: jax.Array) -> tuple[Tree, Tree]:
-    flat = flatten(state)
-    old = jax.tree.unflatten(self.treedef, [flat[path] for path in self.specs])
-    updates, new = self.transform.update(grads, old, params)
+    updates, new = self.transform.update(grads, self._load(state), params)
     rate = self.learning_rate(step)
     params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), params, updates)
-    return params, nest(_by_path(new))
+    return params, self._store(new, step)
+
+  def _load(self, state: Tree) -> Any:
+    flat = flatten(state)
+    return jax.tree.unflatten(
+      self.treedef,
+      [moments.decode(spec, dtype, [flat[s.path] for s in stored]) for spec, dtype, stored in self.leaves],
+    )
+
+  def _store(self, state: Any, step: jax.Array) -> Tree:
+    out = {}
+    for (spec, dtype, stored), x in zip(self.leaves, jax.tree.leaves(state)):
+      out |= {s.path: a for s, a in zip(stored, moments.encode(spec, dtype, x, self.seed, step))}
+    return nest(out)
 
 
-def make(config: Config, params: dict[str, ParamSpec]) -> Optimizer:
-  """The optimizer of a config for parameters described by their specs."""
+def make(
+  config: Config, params: dict[str, ParamSpec], mesh: jax.sharding.Mesh | None = None, rules: Rules | None = None
+) -> Optimizer:
+  """The optimizer of a config for parameters described by their specs; on a mesh, they are in role state."""
   o = config.optimizer
-  decayed = nest({path: "norm" not in spec.names for path, spec in params.items()})
+  decayed = nest({path: dimensions(spec).is_matrix for path, spec in params.items()})
   transform = optax.chain(
-    optax.scale_by_adam(o.b1, o.b2, o.eps), optax.add_decayed_weights(o.weight_decay, mask=decayed)
+    _scaling(config, params, mesh, rules), optax.add_decayed_weights(o.weight_decay, mask=decayed)
   )
   abstract = nest({path: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)) for path, s in params.items()})
   state = jax.eval_shape(transform.init, abstract)
-  specs = {path: _spec(path, leaf, params) for path, leaf in _by_path(state).items()}
-  return Optimizer(transform, schedule(o, config.run.steps), jax.tree.structure(state), specs)
-
-
-def _by_path(state: Any) -> dict[str, Any]:
-  """Leaves of an Optax state by path; positions in a chain are dropped, names stay."""
-  out = {}
+  leaves = []
   for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
-    names = [getattr(k, "name", getattr(k, "key", None)) for k in keys if not isinstance(k, jax.tree_util.SequenceKey)]
-    path = "/".join(map(str, names))
-    assert path not in out, f"two leaves of the optimizer state are called {path}"
-    out[path] = leaf
-  return out
+    spec = _spec(keys, leaf, params)
+    like = params.get(spec.path.partition("/")[2])
+    whole_matrix = like is not None and spec.shape == like.shape and dimensions(like).is_matrix
+    dtype = o.state_dtype if whole_matrix else spec.dtype
+    leaves.append((spec, dtype, moments.specs(spec, dtype, rules)))
+  return Optimizer(transform, schedule(o, config.run.steps), leaves, jax.tree.structure(state), config.run.seed)
 
 
-def _spec(path: str, leaf: Any, params: dict[str, ParamSpec]) -> ParamSpec:
-  """The spec of a state leaf: that of the parameter whose path it ends in, or a scalar."""
-  like = params.get(path.partition("/")[2])
-  if like is not None and like.shape == leaf.shape:
-    return dataclasses.replace(like, path=path, dtype=str(leaf.dtype))
-  assert leaf.shape == (), f"the optimizer state {path} {leaf.shape} is like no parameter"
-  return ParamSpec(path, (), (), (), str(leaf.dtype), None, ())
+def _scaling(
+  config: Config, params: dict[str, ParamSpec], mesh: jax.sharding.Mesh | None, rules: Rules | None
+) -> optax.GradientTransformation:
+  """From gradients to updates of the size of AdamW's (Lion's are larger: its learning rate is 3 to 10 times smaller)."""
+  o = config.optimizer
+  adam = optax.scale_by_adam(o.b1, o.b2, o.eps)
+  if o.name == "lion":
+    return optax.scale_by_lion(o.b1, o.b2)
+  if o.name == "adafactor":
+    factored = scale_by_factored_rms(params, o.b2)
+    return optax.chain(factored, optax.ema(o.b1)) if o.b1 else factored
+  if o.name == "muon":
+    matrices = {path: spec for path, spec in params.items() if muon.applies(spec)}
+    orthogonal = muon.orthogonalize(matrices, config.model.compute_dtype, mesh, rules)
+    return optax.partition(
+      {"muon": optax.chain(optax.trace(o.b1, nesterov=True), orthogonal), "adam": adam},
+      nest({path: "muon" if path in matrices else "adam" for path in params}),
+    )
+  return adam
+
+
+# Dimensions of the parameter that a moment is a mean over.
+MEANS = {"v_row": lambda d: d.outputs, "v_col": lambda d: d.inputs}
+
+
+def _spec(keys: tuple, leaf: Any, params: dict[str, ParamSpec]) -> ParamSpec:
+  """The spec of a leaf of Optax's state, in which `keys` lead to it.
+
+  Its path is the name of the moment and the path of the parameter. Every count is the same one: steps.
+  """
+  last = max(i for i, key in enumerate(keys) if isinstance(key, jax.tree_util.GetAttrKey))
+  kind, path = keys[last].name, "/".join(key.key for key in keys[last + 1 :])
+  if kind == "count":
+    return ParamSpec(kind, (), (), (), str(leaf.dtype), None, ())
+  like = params[path]
+  gone = MEANS[kind](dimensions(like)) if kind in MEANS else ()
+  keep = lambda values: tuple(value for dim, value in enumerate(values) if dim not in gone)  # noqa: E731
+  spec = dataclasses.replace(like, path=f"{kind}/{path}", shape=keep(like.shape), logical=keep(like.logical),
+                             names=keep(like.names), dtype=str(leaf.dtype))  # fmt: skip
+  assert spec.shape == leaf.shape, f"the optimizer state {spec.path} {leaf.shape} is like no parameter"
+  return spec

@@ -137,13 +137,13 @@ def case_fingerprint_program_is_local_and_small(run_dir):
 
 
 def case_save_returns_before_the_write_and_survives_donation(run_dir):
-  gate, original = threading.Event(), arrays_lib._write_file
+  gate, original = threading.Event(), arrays_lib.write_file
 
   async def held(store, piece):
     gate.wait(30)
     await original(store, piece)
 
-  arrays_lib._write_file = held
+  arrays_lib.write_file = held
   events = []
   checkpointer = checkpointer_of(run_dir, on_event=lambda kind, **fields: events.append((kind, fields)))
   try:
@@ -155,7 +155,7 @@ def case_save_returns_before_the_write_and_survives_donation(run_dir):
     gate.set()
     checkpointer.wait()
   finally:
-    arrays_lib._write_file = original
+    arrays_lib.write_file = original
   assert checkpointer.steps() == [1] and events[0] == ("save", {"step": 1, "seconds": blocking})
   assert events[1][0] == "commit" and events[1][1]["bytes"] == sum(x.nbytes for x in _logical(LEAVES))
   checkpointer.close()
@@ -347,20 +347,20 @@ def case_disk_full(run_dir):
 
 
 def case_late_save(run_dir):
-  gate, original = threading.Event(), arrays_lib._write_file
+  gate, original = threading.Event(), arrays_lib.write_file
 
   async def held(store, piece):
     gate.wait(30)
     await original(store, piece)
 
-  arrays_lib._write_file = held
+  arrays_lib.write_file = held
   checkpointer = checkpointer_of(run_dir, timeout=1.0)
   try:
     checkpointer.save(1, make(LEAVES), LEAVES, META)
     with raises("checkpoint.timeout=1"):
       checkpointer.wait()
   finally:
-    arrays_lib._write_file = original
+    arrays_lib.write_file = original
     gate.set()
     checkpointer.close()
   assert steps(run_dir) == []

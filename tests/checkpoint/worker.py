@@ -36,7 +36,7 @@ def save(step: int, checkpointer: Checkpointer) -> None:
 
 def die() -> None:
   """Saves step 1; says so in the middle of writing step 2, and hangs there until it is killed."""
-  checkpointer, original, written = checkpointer_of(run_dir), arrays_lib._write_file, []
+  checkpointer, original, written = checkpointer_of(run_dir), arrays_lib.write_file, []
   save(1, checkpointer)
   checkpointer.wait()
 
@@ -46,7 +46,7 @@ def die() -> None:
       print("writing", flush=True)
       await asyncio.sleep(600)
 
-  arrays_lib._write_file = hang
+  arrays_lib.write_file = hang
   save(2, checkpointer)
   checkpointer.wait()
 
@@ -94,7 +94,7 @@ def fail_together() -> None:
     raise OSError("injected")
 
   if index == 1:
-    arrays_lib._write_file = fail
+    arrays_lib.write_file = fail
   save(2, checkpointer)
   try:
     checkpointer.close()

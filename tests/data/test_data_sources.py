@@ -182,7 +182,7 @@ def test_wrong_specs(open_source, spec, message):
     ("jsonl", b'{"text": "a"}\n{"text": "b"\n', "bad:2: not JSON"),
     ("jsonl", b'{"text": "a"}\n{"test": "b"}\n', "bad:2 has no column 'text'.*did you mean 'test'"),
     ("jsonl", b'{"text": 3}', "bad:1: 'text' is int, not text"),
-    ("jsonl", b"[1]", "bad:1 has no column 'text'"),
+    ("jsonl", b"[1]", "bad:1: list, not an object"),
     ("jsonl", b'{"text": "\xff"}', "bad:1 is not UTF-8"),
     ("jsonl", b'{"text": "\\ud800"}', "bad:1: 'text' has a lone surrogate"),
     ("text", b"", r"data\.sources\.s has no text for training"),

@@ -41,24 +41,40 @@ class Layout:
     self.parts = self.rules.factor("length", "compute")
 
   def gradients(self, method="ring", wrap=lambda f: f, **options):
-    """A function of the shards of q, k, v, segments and do: those of o, dq, dk and dv."""
+    """A function of the shards of q, k, v, segments, do and sinks: those of o, dq, dk and dv, and the gradient of sinks."""
 
-    def local(q, k, v, segments, do):
+    def local(q, k, v, segments, do, sinks=None):
       with context.use(self.mesh, self.rules):
-        f = lambda q, k, v: attention.attention(q, k, v, segments, segments, method=method, **options)  # noqa: E731
-        out, pull = jax.vjp(wrap(f), q, k, v)
-        return out, *pull(do)
+        f = lambda q, k, v, sinks: attention.attention(q, k, v, segments, segments, sinks, method=method, **options)  # noqa: E731
+        out, pull = jax.vjp(wrap(f), q, k, v, sinks)
+        *d, dsinks = pull(do)
+        return out, *d, None if sinks is None else context.token_sum(dsinks, residual=False)
 
-    q, k, segments = (self.rules.spec(names, "compute") for names in (Q, K, SEGMENTS))
-    return jax.jit(
-      jax.shard_map(local, mesh=self.mesh, in_specs=(q, k, k, segments, q), out_specs=(q, q, k, k), check_vma=False)
-    )
+    q, k, segments, heads = (self.rules.spec(names, "compute") for names in (Q, K, SEGMENTS, ("heads",)))
+    in_specs, out_specs = (q, k, k, segments, q, heads), (q, q, k, k, heads)
+
+    def split(*args):
+      return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs[: len(args)], out_specs=out_specs, check_vma=False)(
+        *args
+      )
+
+    return jax.jit(split)
+
+  def max_logits(self, method, form):
+    """A function of the shards of q, k and segments."""
+    q, k, segments, heads = (self.rules.spec(names, "compute") for names in (Q, K, SEGMENTS, ("heads",)))
+
+    def local(q, k, segments):
+      return context.pmax(attention.max_logits(q, k, segments, segments, form, method), "batch")
+
+    return jax.jit(context.on_mesh(local, self.mesh, self.rules, (q, k, segments), heads))
 
 
-def inputs(b, t, n, kv, h, dtype=jnp.float32):
+def inputs(b, t, n, kv, h, dtype=jnp.float32, hv=None):
   """q, k, v, segments, do; documents cross the borders of chunks, the first row ends with padding, one is a whole."""
   rng = np.random.default_rng(0)
-  q, k, v, do = (jnp.asarray(rng.normal(size=(b, t, heads, h)), dtype) for heads in (n, kv, kv, n))
+  sizes = ((n, h), (kv, h), (kv, hv or h), (n, hv or h))
+  q, k, v, do = (jnp.asarray(rng.normal(size=(b, t, *size)), dtype) for size in sizes)
   segments = np.ones((b, t), np.int32)
   for row in range(0, b, 2):
     segments[row] = 1 + np.searchsorted(np.sort(rng.choice(t, 5, replace=False)), np.arange(t))
@@ -66,29 +82,23 @@ def inputs(b, t, n, kv, h, dtype=jnp.float32):
   return q, k, v, segments, do
 
 
-def dense(q, k, v, segments, do):
-  """o, dq, dk, dv by the definition, with the [T, T] mask."""
-  position = np.arange(q.shape[1])
-  mask = (position[:, None] >= position) & (segments[:, :, None] == segments[:, None, :])
-
-  def f(q, k, v):
-    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[3])
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bnts,bsnh->btnh", weights, v)
-
-  out, pull = jax.vjp(f, q, k, v)
-  return out, *pull(do)
+def sinks_for(n):
+  return jnp.asarray(np.random.default_rng(7).normal(size=n) + 1, jnp.float32)
 
 
-def compare(layout, args, methods=METHODS, tolerance=1e-5, **options):
-  expected = jax.jit(dense)(*(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in args))
+def compare(layout, args, methods=METHODS, tolerance=1e-5, form=attention.Form(), sinks=None, **options):
+  wide = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in args]
+  expected = jax.jit(functools.partial(ref.attention, form=form))(*wide, sinks)
   for method in methods:
     order = sequence.order(args[0].shape[1], layout.parts, attention.balanced(method))
-    actual = layout.gradients(method, **options)(*(x[:, order] for x in args))
+    parts = [x[:, order] for x in args] + [sinks] * (sinks is not None)
+    *actual, dsinks = layout.gradients(method, form=form, **options)(*parts)
     for a, b, what in zip(actual, expected, ("o", "dq", "dk", "dv")):
       assert a.dtype == args[0].dtype
       ref.assert_close(a[:, np.argsort(order)], b, tolerance, f"{method} {what}")
+    if sinks is not None:
+      assert dsinks.dtype == jnp.float32
+      ref.assert_close(dsinks, expected[4], tolerance, f"{method} dsinks")
 
 
 def primitives(jaxpr):

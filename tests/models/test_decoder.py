@@ -41,7 +41,7 @@ def test_loss_and_gradients_are_those_of_the_reference(family):
 
 def test_the_count_of_expert_tokens_is_the_number_of_choices():
   _, _, _, sums, _ = plain("moe")
-  counts = np.asarray(sums["expert_tokens"])
+  counts = np.asarray(sums["layers"]["expert_tokens"])
   assert counts.shape == (2, 4)
   np.testing.assert_array_equal(counts.sum(1), 2 * (BATCH["segments"] > 0).sum())
 

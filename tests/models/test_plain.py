@@ -1,25 +1,27 @@
 """Plain math against transformers (tiny random models, float32, weights copied here by hand), and against Python loops
 for what transformers does not have."""
 
-import functools
-import math
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxscale import check
 from maxscale.models import module, plain
 from tests.models import reference as ref
 
 V, D, N, K, H, F, E = 61, 32, 4, 2, 8, 24, 8
+THETA = 100.0
 DOCUMENTS = ((9, 12), (24,))  # lengths, of two rows of 24 places: the last three of the first are padding
 LAYERS = "model.layers.{}."
 SIZES = {"model.vocab_size": V, "model.embed": D, "model.heads": N, "model.kv_heads": K, "model.head_dim": H,
-         "model.mlp": F, "model.compute_dtype": "float32"}  # fmt: skip
+         "model.mlp": F, "model.compute_dtype": "float32", "model.rope_theta": THETA, "model.embedding_scale": 1.0,
+         "data.length": 24}  # fmt: skip
 HF_SIZES = {"vocab_size": V, "hidden_size": D, "num_attention_heads": N, "num_key_value_heads": K, "head_dim": H,
-            "intermediate_size": F, "num_hidden_layers": 2, "max_position_embeddings": 64, "pad_token_id": 0,
-            "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+            "intermediate_size": F, "num_hidden_layers": 2, "max_position_embeddings": 64, "pad_token_id": None,
+            "bos_token_id": 1, "eos_token_id": 2, "rope_parameters": {"rope_type": "default", "rope_theta": THETA}}  # fmt: skip
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 YARN = {"factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 4.0, "beta_slow": 1.0}
 
@@ -184,8 +186,8 @@ OUR_DEEPSEEK = {
 MODELS = {
   "Llama 3": (
     "Llama",
-    {**HF_SIZES, "rope_parameters": {"rope_type": "llama3", "rope_theta": 100.0, **LLAMA3}, "rms_norm_eps": 1e-5},
-    {"model.rope_theta": 100.0, "model.rope_scaling": {"type": "llama3", **LLAMA3}, "model.norm_eps": 1e-5},
+    {**HF_SIZES, "rope_parameters": {"rope_type": "llama3", "rope_theta": THETA, **LLAMA3}, "rms_norm_eps": 1e-5},
+    {"model.rope_scaling": {"type": "llama3", **LLAMA3}, "model.norm_eps": 1e-5},
     llama,
   ),
   "GPT-2": (
@@ -199,7 +201,8 @@ MODELS = {
   ),
   "Falcon": (
     "Falcon",
-    {"vocab_size": V, "hidden_size": D, "num_attention_heads": N, "num_hidden_layers": 2, "ffn_hidden_size": F},
+    {"vocab_size": V, "hidden_size": D, "num_attention_heads": N, "num_hidden_layers": 2, "ffn_hidden_size": F,
+     "rope_parameters": {"rope_type": "default", "rope_theta": THETA}},
     {"model.kv_heads": 1, "model.norm": "layer", "model.norm_eps": 1e-5, "model.parallel_block": True,
      "model.activation": "gelu", "model.gated": False, "model.tied_embeddings": True},
     falcon,
@@ -217,7 +220,7 @@ MODELS = {
     "Gemma3",
     {**HF_SIZES, "num_hidden_layers": 7, "query_pre_attn_scalar": 12, "sliding_window": 6, "rope_parameters": {
       "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
-      "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}},
+      "sliding_attention": {"rope_type": "default", "rope_theta": THETA}}},
     {"model.layers": 7, "model.norm": "rms_plus_one", "model.post_norms": True, "model.activation": "gelu_tanh",
      "model.tied_embeddings": True, "model.embedding_scale": 0.0, "model.query_scale": 12**-0.5,
      "model.windows": [6, 6, 6, 6, 6, 0], "model.qk_norm": True, "model.rope_theta": 1000.0,
@@ -234,26 +237,25 @@ MODELS = {
   "gpt-oss": (
     "GptOss",
     {**HF_SIZES, "num_local_experts": E, "num_experts_per_tok": 3, "sliding_window": 6,
-     "rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, "truncate": False, **YARN}},
+     "rope_parameters": {"rope_type": "yarn", "rope_theta": THETA, "truncate": False, **YARN}},
     {"model.norm_eps": 1e-5, "model.experts": E, "model.experts_per_token": 3, "model.moe.router_bias": True,
      "model.mlp_bias": True, "model.qkv_bias": True, "model.out_bias": True, "model.attention_sinks": True,
-     "model.activation": "clamped_swiglu", "model.windows": [6, 0], "model.rope_theta": 100.0,
+     "model.activation": "clamped_swiglu", "model.windows": [6, 0], 
      "model.rope_scaling": {"type": "yarn", "truncate": False, **YARN}},
     gpt_oss,
   ),
   "DeepSeek-V2": (
     "DeepseekV2",
-    {**DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy",
-     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    {**DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
     {**OUR_DEEPSEEK, "model.moe.normalise": False},
     deepseek,
   ),
   "DeepSeek-V3": (
     "DeepseekV3",
     {**DEEPSEEK, "q_lora_rank": 10, "num_mtp_layers": 0, "rope_parameters": {
-      "rope_type": "yarn", "rope_theta": 100.0, "mscale": 1.0, "mscale_all_dim": 0.7, **YARN}},
+      "rope_type": "yarn", "rope_theta": THETA, "mscale": 1.0, "mscale_all_dim": 0.7, **YARN}},
     {**OUR_DEEPSEEK, "model.mla.q_rank": 10, "model.moe.score": "sigmoid", "model.moe.correction": True,
-     "model.moe.group_score": "top2", "model.rope_theta": 100.0,
+     "model.moe.group_score": "top2", 
      "model.rope_scaling": {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 0.7, **YARN}},
     deepseek,
   ),
@@ -288,8 +290,8 @@ def theirs(name, hf, batch, weights):
   with torch.no_grad():
     for path, w in [*model.named_parameters(), *model.named_buffers()]:
       if w.is_floating_point() and "inv_freq" not in path and "embed_scale" not in path:
-        wide = name == "GptOss" and "gate_up_proj" in path  # enough for the clamps
-        w.add_((3 if wide else 0.2) * torch.randn_like(w))
+        std = 3 if name == "GptOss" and "gate_up_proj" in path else 0.2  # wide enough for the clamps
+        w.copy_(w * (w.ndim == 1) + std * torch.randn_like(w))
   logits = torch.zeros(weights.shape)
   for row, lengths in enumerate(DOCUMENTS):
     for start, length in zip(np.cumsum((0, *lengths)), lengths):
@@ -305,7 +307,7 @@ def theirs(name, hf, batch, weights):
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_are_those_of_transformers(name):
   kind, hf, options, copy = MODELS[name]
-  config = ref.config({**SIZES, "model.layers": 2, "model.embedding_scale": 1.0, **options})
+  config = ref.config({**SIZES, "model.layers": 2, **options})
   batch = packed()
   weights = np.random.default_rng(1).standard_normal((2, 24, V)).astype(np.float32)
   weights *= (batch["segments"] > 0)[..., None]
@@ -321,4 +323,168 @@ def test_logits_and_gradients_are_those_of_transformers(name):
   f = jax.jit(jax.value_and_grad(weighted, has_aux=True))
   (_, logits), found = f(module.nest(params))
   ref.assert_close(np.where(batch["segments"][..., None] > 0, logits, 0), expected, 1e-5)
-  ref.assert_close(ref.host(found), dict(gradients), 5e-5)
+  found = ref.host(found)
+  if config.model.max_positions:  # a softmax does not see what all keys have
+    assert max(abs(g.pop("layers/attention/key_bias")).max() for g in (gradients, found)) < 1e-4
+  ref.assert_close(found, dict(gradients), 5e-5)
+
+
+# ---- what transformers does not have
+
+
+def value_and_gradients(f, *args):
+  """f's value, and its gradients by the first argument as path -> array."""
+  value, gradients = jax.jit(jax.value_and_grad(f))(*args)
+  return float(value), ref.host(gradients)
+
+
+def random_params(config, seed=0):
+  params = check.parameters(config)
+  rng = np.random.default_rng(seed)
+  return module.nest({path: w + 0.1 * rng.standard_normal(w.shape).astype(np.float32) for path, w in params.items()})
+
+
+def test_a_chunk_is_a_document():
+  options = {**SIZES, "model.layers": 2, "model.windows": [5], "model.window_kind": "chunked"}
+  config, batch = ref.config(options), packed()
+  chunks = {**batch, "segments": batch["segments"] * 10 + batch["positions"] // 5, "positions": batch["positions"] % 5}
+  whole = ref.config({**options, "model.windows": []})
+  params, inside = random_params(config), batch["segments"][..., None] > 0
+  found, expected, without = (
+    np.where(inside, plain.logits(c, params, b), 0) for c, b in ((config, batch), (whole, chunks), (whole, batch))
+  )
+  ref.assert_close(found, expected, 1e-5)
+  assert ref.different(without, expected)
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu2"])
+def test_rectifiers(kind):
+  rng = np.random.default_rng(0)
+  w = {"up": rng.standard_normal((D, F)), "down": rng.standard_normal((F, D))}
+  x, config = rng.standard_normal((5, D)), ref.config({**SIZES, "model.activation": kind, "model.gated": False})
+  hidden = np.maximum(x @ w["up"], 0) ** (2 if kind == "relu2" else 1)
+  ref.assert_close(plain._mlp(config, jax.tree.map(jnp.float32, w), jnp.float32(x)), hidden @ w["down"], 1e-5)
+
+
+MOE = {**SIZES, "model.experts": E, "model.experts_per_token": 3, "model.mlp": 16, "loss.balance_loss": 0.3,
+       "loss.router_z_loss": 0.2}  # fmt: skip
+ROUTERS = {
+  "softmax, groups by their best": {"model.moe.groups": 4, "model.moe.groups_per_token": 2},
+  "softmax, not normalised, capacity": {"model.moe.normalise": False, "model.moe.capacity": 0.8},
+  "sigmoid, correction, groups by two": {
+    "model.moe.score": "sigmoid", "model.moe.correction": True, "model.moe.groups": 4, "model.moe.groups_per_token": 2,
+    "model.moe.group_score": "top2", "model.moe.scale": 2.5, "model.moe.shared": 12, "model.moe.router_bias": True,
+    "model.moe.capacity": 1.1,
+  },
+}  # fmt: skip
+
+
+def ids_of(config, w, token):
+  """The experts of a token, in numpy."""
+  moe, logits = config.model.moe, token @ w["router"] + (w["router_bias"] if config.model.moe.router_bias else 0)
+  order = np.exp(logits) / np.exp(logits).sum() if moe.score == "softmax" else 1 / (1 + np.exp(-logits))
+  order = np.reshape(order + (w["correction"] if moe.correction else 0), (moe.groups, -1))
+  value = np.sort(order)[:, -1 if moe.group_score == "max" else -2 :].sum(-1)
+  left_out = np.argsort(-value)[moe.groups_per_token :]
+  order[left_out] = -np.inf
+  return np.argsort(-order.ravel())[: config.model.experts_per_token]
+
+
+def one_by_one(config, w, x, valid, ids):
+  """plain._experts, token by token: output, the losses, and how many choices were dropped."""
+  moe, chosen, dropped, losses, rows = config.model.moe, config.model.experts_per_token, 0, 0.0, []
+  room = int(np.ceil(moe.capacity * x.shape[1] * chosen / E)) if moe.capacity else 10**9
+  for row in range(len(x)):
+    taken, probs, log_z, outputs = np.zeros(E, int), 0.0, 0.0, []
+    for t, token in enumerate(x[row]):
+      e = jnp.exp(token @ w["router"] + (w["router_bias"] if moe.router_bias else 0))
+      scores = e / e.sum() if moe.score == "softmax" else e / (1 + e)
+      total = sum(scores[i] for i in ids[row][t]) if moe.normalise else 1
+      y = gated(token, w["shared"]) if moe.shared else jnp.zeros(D)
+      for i in ids[row][t]:
+        taken[i] += valid[row, t]
+        if taken[i] <= room or not valid[row, t]:
+          y += moe.scale * scores[i] / total * gated(token, {name: w[name][i] for name in ("gate", "up", "down")})
+        else:
+          dropped += 1
+      if valid[row, t]:
+        probs += scores / scores.sum()
+        log_z += jnp.log(e.sum()) ** 2
+      outputs.append(y)
+    rows.append(jnp.stack(outputs))
+    share = taken / (chosen * max(1, valid[row].sum()))
+    losses += config.loss.balance_loss * E * (share * probs).sum() + config.loss.router_z_loss * log_z
+  return jnp.stack(rows), losses, dropped
+
+
+def gated(x, w):
+  hidden = x @ w["gate"]
+  return (hidden / (1 + jnp.exp(-hidden)) * (x @ w["up"])) @ w["down"]
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers_token_by_token(name):
+  config = ref.config({**MOE, "model.layers": 1, **ROUTERS[name]})
+  w = jax.tree.map(lambda a: a[0], random_params(config)["layers"]["mlp"])
+  rng = np.random.default_rng(0)
+  x, dy = rng.standard_normal((2, 2, 12, D)).astype(np.float32)
+  valid = np.arange(12) < np.array([[12], [7]])
+  dy *= valid[..., None]
+  ids = [[ids_of(config, w, token) for token in row] for row in x]
+  y, losses, dropped = one_by_one(config, w, x, valid, ids)
+  assert bool(dropped) == bool(config.model.moe.capacity)
+  found, found_losses, margin = plain._experts(config, w, jnp.asarray(x), jnp.asarray(valid))
+  ref.assert_close(np.where(valid[..., None], found, 0), np.where(valid[..., None], y, 0))
+  assert abs(found_losses - losses) < 1e-5 * losses and ((margin > 0) & (margin < 1)).all()
+  objective = lambda f: lambda w: (lambda y, losses, _: jnp.sum(y * dy) + losses)(*f(w))  # noqa: E731
+  gradients = value_and_gradients(objective(lambda w: plain._experts(config, w, jnp.asarray(x), jnp.asarray(valid))), w)
+  expected = jax.grad(objective(lambda w: one_by_one(config, w, x, valid, ids)))
+  ref.assert_close(gradients[1], ref.host(expected(w)), 2e-5)
+
+
+def test_the_next_expert_is_close_by_score_and_correction():
+  config = ref.config({**MOE, "model.moe.score": "sigmoid", "model.moe.correction": True, "model.experts_per_token": 1})
+  scores = jnp.array([[0.5, 0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]])
+  choice, gap = plain._choose(config, scores, scores + jnp.array([0, 0.2, 0, 0.39, 0, 0, 0, 0]))
+  assert choice[0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0] and gap[0] == pytest.approx((0.6 - 0.5) / 0.5)
+  _, gap = plain._choose(config, scores, scores + jnp.array([0, 0.2, 0, 0.49, 0, 0, 0, 0]))
+  assert gap[0] == pytest.approx((0.6 - 0.59) / 0.4)
+
+
+@pytest.mark.parametrize("experts", [0, E])
+def test_further_tokens_document_by_document(experts):
+  more = {"model.experts": experts, "model.windows": [0, 4], "model.rope_local_theta": 30.0, "loss.mtp": 0.7}
+  config = ref.config({**MOE, "model.layers": 2, "model.mtp": 2, "model.embedding_scale": 3.0, **more})
+  params, batch = random_params(config), packed()
+
+  def expected(params):
+    total, auxiliary = 0.0, 0.0
+    for row, lengths in enumerate(DOCUMENTS):
+      for start, n in zip(np.cumsum((0, *lengths)), lengths):
+        tokens = batch["tokens"][row, start : start + n]
+        alone = {"tokens": tokens[None], "segments": np.ones((1, n), np.int32), "positions": np.arange(n)[None]}
+        h, more, _ = plain._layers(config, params, alone)
+        total, auxiliary = total + surprise(params, params["final_norm"], h, tokens, 1), auxiliary + more
+        for k in range(2):
+          w = jax.tree.map(lambda a: a[k], params["mtp"])  # noqa: B023
+          embedded = jnp.zeros((1, n, D)).at[0, : n - k - 1].set(3 * params["embedding"][tokens[k + 1 :]])
+          x = (
+            norm(h, w["hidden_norm"]) @ w["projection"][:D] + norm(embedded, w["embedding_norm"]) @ w["projection"][D:]
+          )
+          h, more, _ = plain._layer(config, w["layer"], x, alone, 2 + k)
+          total += 0.7 / 2 * surprise(params, w["final_norm"], h, tokens, k + 2)
+          auxiliary += more
+    return (total + auxiliary) / (batch["targets"] >= 0).sum()
+
+  def surprise(params, w, h, tokens, ahead):
+    log_p = jax.nn.log_softmax(norm(h[0, : len(tokens) - ahead], w) @ params["head"].T)
+    return -sum(log_p[t, tokens[t + ahead]] for t in range(len(tokens) - ahead))
+
+  def norm(x, w):
+    return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * w["scale"]
+
+  config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, z_loss=0.0, balance_loss=0.0))
+  loss, gradients = value_and_gradients(lambda p: plain.loss(config, p, batch)[0], params)
+  wanted, wanted_gradients = value_and_gradients(expected, params)
+  assert abs(loss - wanted) < 1e-5 * wanted
+  ref.assert_close(gradients, wanted_gradients, 2e-5)

@@ -24,15 +24,14 @@ CASES = {
 
 def logits(rows=TOKENS, seed=0):
   """[rows, E_pad]; the padding is larger than all else."""
-  x = np.random.default_rng(seed).normal(size=(rows, PAD)).astype(np.float32)
+  x = np.random.default_rng(seed).normal(size=(rows, PAD))
   x[:, E:] = 100
-  return x
+  return jnp.asarray(x, jnp.float32)
 
 
 def corrections(name):
   """None, corrections that change the choice, and such that every corrected score is negative."""
-  bias = np.random.default_rng(1).normal(size=PAD).astype(np.float32) / 4
-  bias[E:] = 100
+  bias = jnp.asarray(np.random.default_rng(1).normal(size=PAD) / 4, jnp.float32).at[E:].set(100)
   return [None, bias, bias - 3] if CASES[name].score == "sigmoid" else [None]
 
 
@@ -138,16 +137,16 @@ def test_the_routers_of_hugging_face(name):
   other = hugging_face(name)
   import torch
 
-  x, bias, added = logits(), None, 0
+  x, bias, added = logits(), None, jnp.zeros(PAD)
   with torch.no_grad():
     other.weight.copy_(torch.eye(E))
     if name == "v3":
       bias = corrections("v3")[1]
-      other.e_score_correction_bias.copy_(torch.tensor(bias[:E]))
+      other.e_score_correction_bias.copy_(torch.tensor(np.asarray(bias)[:E]))
     if name == "gpt_oss":
-      added = np.float32(np.linspace(-1, 1, PAD))
-      other.bias.copy_(torch.tensor(added[:E]))
-  inputs = torch.tensor(x[:, :E], requires_grad=True)
+      added = jnp.linspace(-1, 1, PAD)
+      other.bias.copy_(torch.tensor(np.asarray(added)[:E]))
+  inputs = torch.tensor(np.asarray(x)[:, :E], requires_grad=True)
   _, gates, ids = other(inputs)
   weights = np.random.default_rng(2).normal(size=(TOKENS, E)).astype(np.float32)  # of experts: an order-free sum
   (gates * torch.tensor(weights).gather(1, ids)).sum().backward()
@@ -182,7 +181,7 @@ def plain_balance(moe, x, ids, valid):
 @pytest.mark.parametrize("name", ["mixtral", "v3", "sigmoid"])
 def test_losses_and_their_gradients_are_the_plain_ones(name):
   moe, x = CASES[name], logits().reshape(4, 16, PAD)
-  valid = np.arange(16) < np.array([16, 11, 1, 0])[:, None]
+  valid = jnp.arange(16) < jnp.array([16, 11, 1, 0])[:, None]
 
   def losses(x):
     choice = router.choose(moe, A, E, x, None)
@@ -194,7 +193,7 @@ def test_losses_and_their_gradients_are_the_plain_ones(name):
   balance, z, entropy = plain_balance(moe, x, ids, valid)
   ref.assert_close({k: out[k] for k in ("balance_loss", "router_z_loss", "entropy")},
                    {"balance_loss": balance, "router_z_loss": z, "entropy": entropy})  # fmt: skip
-  np.testing.assert_array_equal(out["expert_tokens"], [(ids[valid] == e).sum() for e in range(E)])
+  np.testing.assert_array_equal(out["expert_tokens"], [(ids[np.asarray(valid)] == e).sum() for e in range(E)])
   assert out["margin"] == np.asarray(choice.gap)[valid].min() and np.isfinite(out["margin"])
   expected = jax.grad(lambda x: (lambda b, z, _: b + 0.1 * z)(*plain_balance(moe, x, ids, valid)))(x)
   ref.assert_close(gradient, expected)
@@ -203,18 +202,17 @@ def test_losses_and_their_gradients_are_the_plain_ones(name):
 
 def test_padding_alone_counts_nothing():
   moe, x = CASES["v3"], logits().reshape(4, 16, PAD)
-  out = router.balance(moe, router.choose(moe, A, E, x, None), x, np.zeros((4, 16), bool))
+  out = router.balance(moe, router.choose(moe, A, E, x, None), x, jnp.zeros((4, 16), bool))
   assert out["margin"] == np.inf and not any(np.any(v) for k, v in out.items() if k != "margin")
 
 
 def test_extreme_scores_stay_finite():
-  x = np.zeros((1, 2, E), np.float32)
-  x[0, 0], x[0, 1, 1:] = -200, -200  # all sigmoids are zero; all of a softmax but one
+  x = jnp.full((1, 2, E), -200.0).at[0, 1, 0].set(0)  # all sigmoids are zero; all of a softmax but one
   for moe in (CASES["v3"], CASES["mixtral"]):
 
     def f(x, moe=moe):
       choice = router.choose(moe, A, E, x, None)
-      out = router.balance(moe, choice, x, np.ones((1, 2), bool))
+      out = router.balance(moe, choice, x, jnp.ones((1, 2), bool))
       return choice.gates.sum() + out["balance_loss"] + out["entropy"]
 
     assert np.isfinite(f(x)) and np.isfinite(jax.grad(f)(x)).all()
@@ -232,8 +230,8 @@ def test_the_correction_steps_towards_the_mean():
 
 def test_corrections_balance_a_skewed_router():
   moe = dataclasses.replace(CASES["sigmoid"], correction=True)
-  x = logits(512) + np.pad(np.linspace(-1, 1, E), (0, PAD - E)).astype(np.float32)
-  valid = np.ones((1, 512), bool)
+  x = logits(512) + jnp.pad(jnp.linspace(-1, 1, E), (0, PAD - E))
+  valid = jnp.ones((1, 512), bool)
 
   @jax.jit
   def step(correction):
@@ -249,8 +247,8 @@ def test_corrections_balance_a_skewed_router():
 
 
 def test_capacity_keeps_the_first_choices_of_each_sequence():
-  ids = np.array([[[0, 1], [0, 2], [1, 0], [0, 1]], [[3, 0], [2, 1], [0, 1], [1, 0]]])
-  valid = np.array([[True] * 4, [False, True, True, True]])
+  ids = jnp.array([[[0, 1], [0, 2], [1, 0], [0, 1]], [[3, 0], [2, 1], [0, 1], [1, 0]]])
+  valid = jnp.array([[True] * 4, [False, True, True, True]])
   kept, dropped = router.capacity(1.0, 4, ids, valid)  # room for 4 * 2 / 4 = 2 choices of each expert
   np.testing.assert_array_equal(kept, [[[0, 1], [0, 2], [1, -1], [-1, -1]], [[-1, -1], [2, 1], [0, 1], [-1, 0]]])
   assert dropped == 4 and dropped.dtype == jnp.int32
@@ -273,6 +271,6 @@ def test_capacity_against_counting():
       e = ids[row, place, rank]
       if valid[row, place] and used[e] < room:
         used[e], expected[row, place, rank] = used[e] + 1, e
-  kept, dropped = router.capacity(0.7, E, ids, valid)
+  kept, dropped = router.capacity(0.7, E, jnp.asarray(ids), jnp.asarray(valid))
   np.testing.assert_array_equal(kept, expected)
   assert dropped == valid.sum() * A - (expected >= 0).sum() > 0

@@ -24,7 +24,7 @@ def with_counts(self, step, total, sums, *rest):
   """The metrics of a step, and the tokens of each expert of each layer."""
   return {
     **metrics_of(self, step, total, sums, *rest),
-    "tokens": sums.get("expert_tokens", np.zeros((self.shape.L, 1))),
+    "tokens": sums.get("layers", {}).get("expert_tokens", np.zeros((self.shape.L, 1))),
   }
 
 

@@ -1,0 +1,330 @@
+"""Quantised products against numpy with the same rounding, their error, the TPU programs made of them, and training.
+
+`python -m tests.models.test_quantise` compiles products for chips that need not be here and prints what they multiply;
+it is a process of its own, because libtpu reads its environment once.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from maxscale.config import ConfigError
+from maxscale.models import kernels, quantise
+from tests.models import reference as ref
+
+ROOT = pathlib.Path(__file__).parents[2]
+f32, bf16 = jnp.float32, jnp.bfloat16
+E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
+
+# Einsum: shapes of x and w; the axes of x, w, dy (for dx) and dy (for dw) that have no scale of their own.
+SPECS = {
+  "btd,dnh->btnh": ((2, 6, 16), (16, 3, 4), (2,), (0,), (2, 3), (0, 1)),
+  "btnh,nhd->btd": ((2, 6, 3, 4), (3, 4, 16), (2, 3), (0, 1), (2,), (0, 1)),
+  "btd,df->btf": ((2, 6, 16), (16, 8), (2,), (0,), (2,), (0, 1)),
+  "btf,fd->btd": ((2, 6, 8), (8, 16), (2,), (0,), (2,), (0, 1)),
+  "md,edf->mef": ((6, 16), (3, 16, 8), (1,), (1,), (1, 2), (0,)),
+  "mef,efd->md": ((6, 3, 8), (3, 8, 16), (1, 2), (0, 1), (1,), (0,)),
+}  # fmt: skip
+SIZES = [5, 0, 17, 2]
+
+
+def normal(*shape, seed=0, dtype=f32):
+  """Random numbers, larger in some rows and channels than in others."""
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=shape)
+  for axis, n in enumerate(shape):
+    x = x * np.exp(rng.normal(size=n)).reshape([n if a == axis else 1 for a in range(len(shape))])
+  return jnp.asarray(x, dtype)
+
+
+def weight(w, kind, dtype=f32, grad_dtype="float32"):
+  return kernels.Weight.of(w, (None,) * w.ndim, dtype, grad_dtype, kind)
+
+
+def gradients(f, *args):
+  """The result of f, the cotangent given to it, and what comes back for the arguments."""
+  out, pull = jax.vjp(f, *args)
+  dy = normal(*out.shape, seed=9, dtype=out.dtype)
+  return out, dy, *pull(dy)
+
+
+# ---- the same in numpy
+
+
+def rounded(x, axes, dtype):
+  """x as integers or fp8 numbers (in float64), and the scale of each block of `axes`."""
+  x = np.asarray(x, np.float32)
+  top = np.float32(127.5 if dtype == "int8" else ml_dtypes.finfo(dtype).max)
+  scale = np.abs(x).max(axes, keepdims=True) / top
+  scale = np.where(scale == 0, np.float32(1), scale)
+  values = np.clip(np.rint(x / scale), -128, 127) if dtype == "int8" else np.clip(x / scale, -top, top).astype(dtype)
+  return values.astype(np.float64), scale.astype(np.float64)
+
+
+def forward_dtype(kind):
+  return "int8" if kind.startswith("int8") else E4M3
+
+
+def axes_of(kind, x, axes):
+  return tuple(range(np.ndim(x))) if kind.endswith("_tensor") else axes
+
+
+def quantised(kind, x, axes, dtype=None):
+  values, scale = rounded(x, axes_of(kind, x, axes), dtype or forward_dtype(kind))
+  return values * scale
+
+
+def on_rows(scale, like):
+  """The scales of x in the places of dy, whose first dimensions are those of x that have one."""
+  kept = [n for n in scale.shape if n > 1]
+  return scale.reshape(kept + [1] * (np.ndim(like) - len(kept)))
+
+
+def on_channels(scale):
+  """The scales of w in the places of dy, whose last dimensions are those of w that have one."""
+  return scale.reshape([n for n in scale.shape if n > 1] or [1])
+
+
+def expected(kind, spec, x, w, dy):
+  """y, dx and dw in float64."""
+  _, _, x_axes, w_axes, dx_axes, dw_axes = SPECS[spec]
+  (a, b), y = spec.split("->")[0].split(","), spec.split("->")[1]
+  backward = "int8" if kind.startswith("int8") else E5M2
+  x_values, x_scale = rounded(x, axes_of(kind, x, x_axes), forward_dtype(kind))
+  w_values, w_scale = rounded(w, axes_of(kind, w, w_axes), forward_dtype(kind))
+  dy = np.asarray(dy, np.float64)
+  out = np.einsum(spec, x_values * x_scale, w_values * w_scale)
+  dx = np.einsum(f"{y},{b}->{a}", quantised(kind, dy * on_channels(w_scale), dx_axes, backward), w_values)
+  if kind.startswith("int8"):
+    return out, dx, np.einsum(f"{a},{y}->{b}", np.asarray(x, np.float64), dy)
+  return out, dx, np.einsum(f"{a},{y}->{b}", x_values, quantised(kind, dy * on_rows(x_scale, dy), dw_axes, backward))
+
+
+@pytest.mark.parametrize("kind", quantise.KINDS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_matmul_and_its_gradients(spec, kind):
+  x_shape, w_shape, *_ = SPECS[spec]
+  x, w = normal(*x_shape), normal(*w_shape, seed=1)
+  y, dy, *back = gradients(lambda x, w: kernels.matmul(spec, x, weight(w, kind)), x, w)
+  for actual, wanted, what in zip((y, *back), expected(kind, spec, x, w, dy), ("y", "dx", "dw")):
+    ref.assert_close(actual, wanted, 1e-5, what)
+
+
+@pytest.mark.parametrize("kind", quantise.KINDS)
+def test_grouped_matmul_and_its_gradients(kind):
+  m, rows = sum(SIZES), sum(SIZES) + 3  # the last rows are of no expert
+  x, w = normal(rows, 16), normal(4, 16, 8, seed=1)
+  y, dy, dx, dw = gradients(lambda x, w: kernels.grouped_matmul(x, weight(w, kind), jnp.int32(SIZES)), x, w)
+  backward, dy64 = "int8" if kind.startswith("int8") else E5M2, np.asarray(dy, np.float64)
+  x_values, x_scale = rounded(x, axes_of(kind, x, (1,)), forward_dtype(kind))
+  w_values, w_scale = rounded(w, axes_of(kind, w, (0, 1)), forward_dtype(kind))  # the experts share their scales
+  for_dx = quantised(kind, dy64 * w_scale[0], (1,), backward)
+  for_dw = quantised(kind, dy64 * x_scale, (0,), backward)
+  left = (np.asarray(x, np.float64), dy64) if kind.startswith("int8") else (x_values, for_dw)
+  wanted_y, wanted_dx, wanted_dw = np.zeros((m, 8)), np.zeros((m, 16)), np.zeros((4, 16, 8))
+  for e, end in enumerate(np.cumsum(SIZES)):
+    own = slice(end - SIZES[e], end)
+    wanted_y[own] = (x_values * x_scale)[own] @ (w_values * w_scale)[e]
+    wanted_dx[own] = for_dx[own] @ w_values[e].T
+    wanted_dw[e] = left[0][own].T @ left[1][own]
+  ref.assert_close(y[:m], wanted_y, 1e-5, "y")
+  ref.assert_close(dx[:m], wanted_dx, 1e-5, "dx")
+  ref.assert_close(dw, wanted_dw, 1e-5, "dw")
+
+
+def step(x, axes, dtype):
+  """The most that rounding changes each number: half a step of int8, or half the last bit of fp8."""
+  _, scale = rounded(x, axes, dtype)
+  if dtype == "int8":
+    return np.broadcast_to(scale / 2, x.shape)
+  info = ml_dtypes.finfo(dtype)
+  return np.maximum(np.abs(x) * float(info.eps) / 2, scale * float(info.smallest_subnormal) / 2)
+
+
+@pytest.mark.parametrize("kind", quantise.KINDS)
+def test_the_error_of_a_product_is_within_the_rounding_of_its_operands(kind):
+  x, w = normal(64, 128), normal(128, 32, seed=1)
+  y = np.asarray(kernels.matmul("md,df->mf", x, weight(w, kind)), np.float64)
+  x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+  dx, dw = step(x, axes_of(kind, x, (1,)), forward_dtype(kind)), step(w, axes_of(kind, w, (0,)), forward_dtype(kind))
+  bound = dx @ np.abs(w) + np.abs(x) @ dw + dx @ dw
+  error = np.abs(y - x @ w)
+  assert (error <= 1.0001 * bound + 1e-5 * np.abs(x @ w).max()).all()
+  assert np.linalg.norm(error) > 1e-3 * np.linalg.norm(x @ w), "nothing was quantised"
+
+
+def test_a_scale_for_each_row_and_channel_is_better_than_one():
+  x, w = normal(64, 128), normal(128, 32, seed=1)
+  exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+  error = {k: np.linalg.norm(kernels.matmul("md,df->mf", x, weight(w, k)) - exact) for k in quantise.KINDS}
+  assert error["int8"] < error["int8_tensor"] / 3, error
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_dtypes_are_those_of_x_and_of_the_master(kind):
+  x, w = normal(8, 16, dtype=bf16), normal(16, 4, seed=1)
+  grouped = lambda x, w: kernels.grouped_matmul(x, weight(w[None], kind, bf16), jnp.int32([8]))  # noqa: E731
+  dense = lambda x, w: kernels.matmul("md,df->mf", x, weight(w, kind, bf16))  # noqa: E731
+  for f in (dense, grouped):
+    y, _, dx, dw = gradients(f, x, w)
+    assert (y.dtype, dx.dtype, dw.dtype) == (bf16, bf16, f32)
+    ref.assert_close(y, expected(kind, "md,edf->mef", x, w.astype(bf16)[None], y[:, None])[0][:, 0], 1e-2)
+  narrow = jax.make_jaxpr(jax.grad(lambda w: kernels.matmul("md,df->mf", x, weight(w, kind, bf16, "bfloat16")).sum()))(w)
+  assert "bf16[16,4]" in str(narrow), "grad_dtype is not used"
+
+
+def test_zeros_stay_zeros_and_what_is_not_finite_stays_that():
+  x, w = jnp.zeros((3, 8)).at[1].set(1).at[2, 4].set(jnp.nan), normal(8, 4)
+  for kind in ("int8", "fp8"):
+    y = np.asarray(kernels.matmul("md,df->mf", x, weight(w, kind)))
+    assert not y[0].any() and np.isfinite(y[1]).all() and np.isnan(y[2]).all()
+
+
+def test_a_backward_pass_keeps_the_kind_and_no_master():
+  kept = weight(normal(8, 4), "int8").residual()
+  assert kept.quantize == "int8" and kept.master.size == 0
+
+
+# ---- which weights
+
+
+def test_the_first_pattern_that_matches_a_whole_name_decides():
+  table = {"mlp/down": "fp8", "mlp/.*": "int8", "attention/(query|out)": "fp8_tensor"}
+  names = ("mlp/down", "mlp/up", "mlp/shared/up", "attention/query", "attention/query_norm", "attention/key", "mlp/router")
+  assert [quantise.rule(table, n) for n in names] == ["fp8", "int8", "int8", "fp8_tensor", "", "", ""]
+  assert quantise.rule({}, "mlp/up") == "" and quantise.rule({".*": "int8"}, "mlp/router") == ""
+
+
+@pytest.mark.parametrize(
+  "table, message",
+  [
+    ({"mlp/.*": "int4"}, r"'mlp/\.\*' has the kind 'int4', which is not one of int8, int8_tensor, fp8, fp8_tensor"),
+    ({"mlp/.*": ["int8"]}, "'mlp/.*' has the kind"),
+    ({"mlp/(": "int8"}, r"'mlp/\(' is not a regular expression"),
+  ],
+)
+def test_a_wrong_table_is_refused(table, message):
+  with pytest.raises(ConfigError, match=message):
+    quantise.check(table)
+
+
+def test_without_qwix_a_quantised_config_is_refused_and_others_run(monkeypatch):
+  monkeypatch.setitem(sys.modules, "qwix", None)  # as if it were not installed
+  with pytest.raises(ConfigError, match="model.quantize needs qwix, which is not installed: pip install qwix"):
+    quantise.check({"mlp/.*": "int8"})
+  quantise.check({})
+  kernels.matmul("md,df->mf", normal(2, 4), weight(normal(4, 3), ""))
+
+
+# ---- training
+
+STEPS = 60
+
+
+def batches():
+  """New sequences each step: nine tokens in ten are a function of the one before."""
+  rng, batch = np.random.default_rng(0), ref.batch(full=True)
+  follows = rng.permutation(ref.VOCAB)
+  for _ in range(STEPS):
+    tokens = rng.integers(0, ref.VOCAB, (8, 33)).astype(np.int32)
+    for t in range(32):
+      tokens[:, t + 1] = np.where(rng.random(8) < 0.9, follows[tokens[:, t]], tokens[:, t + 1])
+    yield {**batch, "tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+
+
+def losses(family, table):
+  options = {"run.steps": STEPS, "optimizer.learning_rate": 0.01, "optimizer.warmup_steps": 5, "loss.z_loss": 1e-4}
+  program = ref.program({**ref.FAMILIES[family], **options}, model__quantize=table)
+  state, train, out = ref.initial(program), program.train(), []
+  for batch in batches():
+    state, metrics = train(state, ref.place(program, batch))
+    out.append(float(metrics["loss"]))
+  return np.array(out)
+
+
+def learns_like_float32(family, kinds):
+  plain = losses(family, {})
+  assert plain[:3].mean() > 4 and plain[-10:].mean() < 0.85, plain
+  for kind in kinds:
+    quantised = losses(family, {".*": kind})
+    assert 0 < np.abs(quantised - plain).max() < 0.1, (kind, quantised - plain)
+    assert np.abs(quantised - plain)[-10:].mean() < 0.01, (kind, quantised - plain)
+
+
+def test_a_decoder_learns_in_int8_and_fp8_as_in_float32():
+  learns_like_float32("dense", ["int8", "fp8"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, kinds", [("dense", ["int8_tensor", "fp8_tensor"]), ("moe", quantise.KINDS)])
+def test_other_kinds_and_experts_learn_as_in_float32(family, kinds):
+  learns_like_float32(family, kinds)
+
+
+# ---- TPU programs
+
+TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+ROWS, WIDTH, OUT, EXPERTS = 512, 1024, 384, 4
+
+
+def compiled():
+  """Chip and kind -> dtypes of what the products of a dense and a grouped matmul read. In a process of its own."""
+  from jax.experimental import topologies
+  from jax.sharding import PartitionSpec
+
+  from maxscale.perf import program
+  from maxscale.sharding import context, mesh, rules
+
+  def gradients(kind, x, w, experts, dy, sizes):
+    dense = lambda x, w: kernels.matmul("md,df->mf", x, weight(w, kind, bf16))  # noqa: E731
+    grouped = lambda x, w: kernels.grouped_matmul(x, weight(w, kind, bf16), sizes)  # noqa: E731
+    pulled = [jax.vjp(f, x, v) for f, v in ((dense, w), (grouped, experts))]
+    return [(y, pull(dy)) for y, pull in pulled]
+
+  def read(p, step):
+    """Dtypes of the operands of a product, which may be inside a fusion."""
+    i, where = step.instruction, step.computation
+    for name in p.matmuls.intersection(i.called.get("calls", ())):
+      i, where = next(c for c in p.computations[name] if c.opcode in ("convolution", "dot")), name
+    return "*".join(p.definitions[where][o].type.strip().split("[")[0] for o in i.operands[-2:])
+
+  out = {}
+  for chip, topology in TOPOLOGIES.items():
+    c = ref.config(ref.DENSE, mesh__fsdp=1)
+    shape, one = mesh.for_config(c, topologies.get_topology_desc(topology, "tpu").devices[:1])
+    table = rules.make(c.sharding, shape.sizes, shape.slices)
+    shapes = [(ROWS, WIDTH), (WIDTH, OUT), (EXPERTS, WIDTH, OUT), (ROWS, OUT)]
+    arrays = [jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, (bf16, f32, f32, bf16))]
+    for kind in ("int8", "fp8_tensor"):
+      f = context.on_mesh(lambda *a, k=kind: gradients(k, *a), one, table, PartitionSpec(), PartitionSpec())
+      lowered = jax.jit(f).lower(*arrays, jax.ShapeDtypeStruct((EXPERTS,), jnp.int32))
+      p = program.read(lowered.compile().as_text() or "")
+      out[f"{chip} {kind}"] = {
+        what: sorted(read(p, s) for s in p.steps() if p.kind(s.instruction) == what) for what in ("matmul", "kernel")
+      }
+  return out
+
+
+@pytest.fixture(scope="module")
+def tpu():
+  pytest.importorskip("libtpu", reason="the TPU compiler (libtpu) is not installed")
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  out = subprocess.run([sys.executable, "-m", "tests.models.test_quantise"], capture_output=True, text=True, env=env,
+                       cwd=ROOT, timeout=600)  # fmt: skip
+  assert out.returncode == 0, out.stderr[-3000:]
+  return json.loads(out.stdout.splitlines()[-1])
+
+def test_x(tpu):
+  for k,v in tpu.items(): print(k,v)
+  assert 0
+
+if __name__ == "__main__":
+  print(json.dumps(compiled()))
