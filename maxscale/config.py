@@ -35,7 +35,7 @@ REMAT_ACTIONS = ("keep", "recompute", "offload")
 # `--small`: a copy of any config that a laptop trains, to see that it runs; later overrides win.
 SMALL = {
   "run.simulated_devices": "8", "run.steps": "20", "mesh.data": "1", "mesh.fsdp": "-1", "mesh.tensor": "2",
-  "mesh.expert": "1", "mesh.context": "1", "mesh.pipeline": "1", "mesh.slices": "0", "mesh.dcn.data": "-1",
+  "mesh.expert": "1", "mesh.context": "1", "mesh.pipeline": "1", "mesh.slices": "0", "mesh.topology": "", "mesh.dcn.data": "-1",
   "mesh.dcn.fsdp": "1", "mesh.dcn.expert": "1", "mesh.dcn.context": "1", "mesh.dcn.tensor": "1",
   "mesh.dcn.pipeline": "1", "sharding.repeats": "1", "optimizer.offload": "False", "model.layers": "2",
   "model.embed": "128", "model.heads": "4", "model.kv_heads": "2", "model.head_dim": "32", "model.mlp": "256",
@@ -246,6 +246,9 @@ class Mesh:
   tensor: int = option(1, RUNTIME, "devices of a slice along tensor (split matrices)")
   pipeline: int = option(1, RUNTIME, "devices of a slice along pipeline (stages)")
   slices: int = option(0, RUNTIME, "slices to simulate; 0: those that the devices report")
+  topology: str = option(
+    "", RUNTIME, "chips of a slice that the config is for, as v5p:8x8x8; nothing is required of the devices"
+  )
   dcn: Dcn = dataclasses.field(default_factory=Dcn)
 
 

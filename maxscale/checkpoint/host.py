@@ -21,7 +21,7 @@ from maxscale.checkpoint.orbax_io import ARRAYS, process_file
 Shape = tuple[int, ...]
 
 
-def leaf(path: str, shape: Shape, rows: tuple[int, ...]) -> Leaf:
+def leaf_of(path: str, shape: Shape, rows: tuple[int, ...]) -> Leaf:
   """A float32 array whose first dimension counts layers where there are `rows`."""
   mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("host",))
   sharding = NamedSharding(mesh, PartitionSpec())

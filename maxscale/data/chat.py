@@ -12,7 +12,8 @@ byte tokenizer has a plain one, "role: content" a line. Three things differ from
 
 With loss="completions" only tokens of the assistant, with the end of its turn, count as targets. Where a template has
 `{% generation %}` tags they say which these are. Elsewhere a turn is what the conversation up to it has more than the
-conversation before it with the prompt for an answer; both must be how the whole conversation begins.
+conversation before it with the prompt for an answer; both must be how the whole conversation begins. An eos_token that
+the template writes only where a conversation ends counts only there.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ class Chat:
       spans = []
       for i in (i for i, message in enumerate(values["messages"]) if message["role"] == "assistant"):
         before, after = render(values["messages"][:i], prompt=True), render(values["messages"][: i + 1], prompt=False)
+        if not text.startswith(after):
+          after = after.removesuffix(self._tokenizer.chat_variables.get("eos_token", ""))  # for the last turn alone
         if not after.startswith(before) or not text.startswith(after):
           raise ConfigError(
             f"{place}: the chat template writes message {i + 1} of the whole conversation otherwise than up to there, "
@@ -158,7 +161,7 @@ def _names_in_text(names: Iterable[str]) -> re.Pattern:
   whole = "|".join(map(re.escape, names))
   heads = "|".join(map(re.escape, sorted({name[:n] for name in names for n in range(1, len(name))})))
   firsts = "".join(map(re.escape, sorted({name[0] for name in names})))
-  return re.compile(rf"(?=[{firsts}])(?=(?:{whole})).", re.DOTALL)
+  return re.compile(rf"(?=[{firsts}])(?=(?:{whole})|(?:{heads})\Z).", re.DOTALL)
 
 
 def _split(rendered: str) -> tuple[str, list[tuple[int, int]]]:

@@ -72,7 +72,7 @@ class Family:
     fields: option -> key of config.json, both ways.
     defaults: what config.json means where it lacks a key or has null there; None: our default, and our 0 is written as
       null. A key that is neither there nor here is an error.
-    expected: key of config.json -> the only value that `options` can mean. A key that is absent means this, too.
+    expected: key of config.json -> the only value that `options` can mean. A key that is absent or null means this, too.
     read: the options that `fields` cannot say, from a config.json.
     write: the entries of config.json that `fields` cannot say, from a `resolved` model.
     links: the tensors.
@@ -101,7 +101,7 @@ class Family:
       FamilyError: a key is missing, or has a value that this family's code does not mean.
     """
     for key, value in self.expected.items():
-      if hf.get(key, value) != value:
+      if hf.get(key) is not None and hf[key] != value:
         raise FamilyError(f"config.json: {key}={hf[key]!r}; {self.name} models are read with {key}={value!r} only")
     out = {"family": self.name, **self.options}
     for option, key in self.fields.items():
@@ -253,11 +253,12 @@ def write_rope(model: Model) -> dict[str, Any]:
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def read_windows(hf: dict[str, Any]) -> dict[str, Any]:
-  """`windows` from `layer_types` and `sliding_window`; without `layer_types`, all layers have the window, or none."""
+def read_windows(hf: dict[str, Any], full_every: int = 0) -> dict[str, Any]:
+  """`windows` from `layer_types` and `sliding_window`; without `layer_types`, all layers have the window but every
+  `full_every`-th."""
   window, kinds = hf.get("sliding_window"), hf.get("layer_types")
   if not kinds:
-    return {"windows": (window,) if window else ()}
+    return {"windows": (window,) * max(1, full_every - 1) + (0,) * (full_every > 0) if window else ()}
   unknown = sorted(set(kinds) - {SLIDING, FULL})
   if unknown:
     raise FamilyError(f"config.json: layer_types has {unknown}; known: {SLIDING}, {FULL}")
@@ -326,4 +327,10 @@ MLP = (
   Link("model.layers.{layer}.mlp.gate_proj.bias", "layers/mlp/gate_bias", "f -> f"),
   Link("model.layers.{layer}.mlp.up_proj.bias", "layers/mlp/up_bias", "f -> f"),
   Link("model.layers.{layer}.mlp.down_proj.bias", "layers/mlp/down_bias", "d -> d"),
+)
+EXPERTS = (
+  Link("model.layers.{layer}.mlp.gate.weight", "layers/mlp/router", "ed -> de"),
+  Link("model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight", "layers/mlp/gate", "fd -> df"),
+  Link("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight", "layers/mlp/up", "fd -> df"),
+  Link("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight", "layers/mlp/down", "df -> fd"),
 )

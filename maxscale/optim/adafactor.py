@@ -38,12 +38,13 @@ def scale_by_factored_rms(specs: dict[str, ParamSpec], b2: float) -> optax.Gradi
     return jnp.sum(x, dims, keepdims=True) / size(specs[path], dims)
 
   def init(params: Any) -> FactoredState:
-    flat = flatten(params)
+    del params
+    rest = lambda path, dims: [n for dim, n in enumerate(specs[path].shape) if dim not in dims]  # noqa: E731
     return FactoredState(
       jnp.zeros((), jnp.int32),
-      nest({path: jnp.zeros_like(flat[path]).sum(parts[path].outputs) for path in matrices}),
-      nest({path: jnp.zeros_like(flat[path]).sum(parts[path].inputs) for path in matrices}),
-      nest({path: jnp.zeros_like(flat[path]) for path in vectors}),
+      nest({path: jnp.zeros(rest(path, parts[path].outputs)) for path in matrices}),
+      nest({path: jnp.zeros(rest(path, parts[path].inputs)) for path in matrices}),
+      nest({path: jnp.zeros(specs[path].shape) for path in vectors}),
     )
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Tree, FactoredState]:
@@ -52,8 +53,9 @@ def scale_by_factored_rms(specs: dict[str, ParamSpec], b2: float) -> optax.Gradi
     decay = jnp.minimum(b2, 1 - count.astype(jnp.float32) ** -0.8)
     rows, columns, whole = flatten(state.v_row), flatten(state.v_col), flatten(state.v)
     out = {}
-    for path, g in flatten(updates).items():
-      d, square = parts[path], g * g + TINY
+    for path, gradient in flatten(updates).items():
+      d, g = parts[path], gradient.reshape(specs[path].shape)
+      square = g * g + TINY
       if d.is_matrix:
         row = decay * jnp.expand_dims(rows[path], d.outputs) + (1 - decay) * mean(path, square, d.outputs)
         column = decay * jnp.expand_dims(columns[path], d.inputs) + (1 - decay) * mean(path, square, d.inputs)
@@ -62,7 +64,8 @@ def scale_by_factored_rms(specs: dict[str, ParamSpec], b2: float) -> optax.Gradi
       else:
         whole[path] = decay * whole[path] + (1 - decay) * square
         u = g * jax.lax.rsqrt(whole[path])
-      out[path] = u / jnp.maximum(1, jnp.sqrt(mean(path, u * u, d.inputs + d.outputs)) / CLIP)
+      u /= jnp.maximum(1, jnp.sqrt(mean(path, u * u, d.inputs + d.outputs)) / CLIP)
+      out[path] = u.reshape(gradient.shape)
     return nest(out), FactoredState(count, nest(rows), nest(columns), nest(whole))
 
   return optax.GradientTransformation(init, update)

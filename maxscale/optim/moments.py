@@ -26,53 +26,68 @@ BLOCK = 128
 STEPS = 8  # codes to a factor of two
 
 
+def view(spec: ParamSpec, dtype: str) -> tuple[ParamSpec, int]:
+  """A matrix as its update is computed, and the dimension of it that has one scale: int8 cuts a dimension into blocks.
+
+  That is never the last one: cut there, an array has another layout on a TPU, and each step would copy it. Where no
+  other is a multiple of BLOCK, a row of the last one is a block. None of these is padded.
+  """
+  d = dimensions(spec)
+  for dim in (*d.inputs, *d.outputs)[:-1] if dtype == "int8" else ():
+    if spec.logical[dim] % BLOCK == 0 and spec.names[dim] not in ("vocab", "heads", "kv_heads"):
+      cut = lambda values, *new: (*values[:dim], *new, *values[dim + 1 :])  # noqa: B023, E731
+      shape = cut(spec.shape, spec.shape[dim] // BLOCK, BLOCK)
+      logical = cut(spec.logical, spec.logical[dim] // BLOCK, BLOCK)
+      return dataclasses.replace(
+        spec, shape=shape, logical=logical, names=cut(spec.names, spec.names[dim], None)
+      ), dim + 1
+  return spec, len(spec.shape) - 1
+
+
 def specs(moment: ParamSpec, dtype: str, rules: Rules | None) -> list[ParamSpec]:
   """The arrays that are stored of a moment, which the spec describes as float32; int8 has scales, too.
 
-  Scales are split like the moment where they divide, which the rules say.
+  Blocks are split like the dimension that they are of, where they divide, which the rules say.
   """
   if dtype != "int8":
     return [dataclasses.replace(moment, dtype=dtype)]
-  dim, blocks = _blocks(moment)
-  divides = rules is not None and blocks % rules.factor(moment.names[dim], "state") == 0
-  put = lambda values, value: (*values[:dim], value, *values[dim + 1 :])  # noqa: E731
+  blocks, inner = view(moment, dtype)
+  split = lambda name, n: name if name and rules and n % rules.factor(name, "state") == 0 else None  # noqa: E731
+  names = tuple(map(split, blocks.names, blocks.shape))
   kind, _, path = moment.path.partition("/")
+  drop = lambda values: values[:inner] + values[inner + 1 :]  # noqa: E731
   scale = dataclasses.replace(
-    moment, path=f"{kind}_scale/{path}", shape=put(moment.shape, blocks), logical=put(moment.logical, blocks),
-    names=put(moment.names, moment.names[dim] if divides else None),
-  )  # fmt: skip
+    moment, path=f"{kind}_scale/{path}", shape=drop(blocks.shape), logical=drop(blocks.logical), names=drop(names)
+  )
   return [dataclasses.replace(moment, dtype="int8" if _signed(moment) else "uint8"), scale]
 
 
 def encode(moment: ParamSpec, dtype: str, x: jax.Array, seed: int, step: jax.Array) -> list[jax.Array]:
-  """A float32 moment as the arrays of `specs`. Rounding depends on (seed, path, layer, position, step) alone."""
+  """A float32 moment, as in `view`, as the arrays of `specs`. Rounding depends on (seed, path, layer, place, step)."""
   if dtype == moment.dtype:
     return [x]
-  random = _random(moment, seed, step)
+  blocks, inner = view(moment, dtype)
+  random = _random(blocks, seed, step)
   if dtype == "bfloat16":
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (random >> 16)
     return [jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)]
-  dim, blocks = _blocks(moment)
-  split = lambda x: x.reshape(*x.shape[:dim], blocks, -1, *x.shape[dim + 1 :])  # noqa: E731
-  top, absolute = _top(moment), split(jnp.abs(x))
-  scale = absolute.max(dim + 1)
-  share = absolute / jnp.expand_dims(jnp.where(scale > 0, scale, 1), dim + 1)
+  top, absolute = _top(moment), jnp.abs(x)
+  scale = absolute.max(inner, keepdims=True)
+  share = absolute / jnp.where(scale > 0, scale, 1)
   low = jnp.clip(jnp.floor(top + STEPS * jnp.log2(share)), 0, top - 1)
   up = (share - _value(low, top)) / (_value(low + 1, top) - _value(low, top))
-  code = low + (split((random >> 8).astype(jnp.float32) * 2.0**-24) < up)
-  if not _signed(moment):
-    return [jnp.maximum(code, share > 0).reshape(x.shape).astype(jnp.uint8), scale]
-  return [jnp.copysign(code.reshape(x.shape), x).astype(jnp.int8), scale]
+  code = low + ((random >> 8).astype(jnp.float32) * 2.0**-24 < up)
+  code = jnp.copysign(code, x).astype(jnp.int8) if _signed(moment) else jnp.maximum(code, share > 0).astype(jnp.uint8)
+  return [code.reshape(moment.shape), scale.squeeze(inner)]
 
 
 def decode(moment: ParamSpec, dtype: str, arrays: list[jax.Array]) -> jax.Array:
   """The inverse of `encode`, in float32."""
   if dtype != "int8":
     return arrays[0].astype(moment.dtype)
-  code, scale = arrays[0].astype(jnp.float32), arrays[1]
-  dim, blocks = _blocks(moment)
-  scale = jnp.repeat(scale, code.shape[dim] // blocks, dim)
-  return jnp.copysign(_value(jnp.abs(code), _top(moment)) * scale, code)
+  blocks, inner = view(moment, dtype)
+  code = arrays[0].reshape(blocks.shape).astype(jnp.float32)
+  return jnp.copysign(_value(jnp.abs(code), _top(moment)) * jnp.expand_dims(arrays[1], inner), code)
 
 
 def _signed(moment: ParamSpec) -> bool:
@@ -86,19 +101,6 @@ def _top(moment: ParamSpec) -> int:
 def _value(code: jax.Array, top: int) -> jax.Array:
   """What a code is of its scale."""
   return jnp.where(code > 0, jnp.exp2((code - top) / STEPS), 0)
-
-
-def _blocks(moment: ParamSpec) -> tuple[int, int]:
-  """The dimension of a matrix that is cut into blocks, and how many.
-
-  It is never the last one: cut there, an array has another layout on a TPU, and each step would copy it. Where no
-  other is a multiple of BLOCK, the last one is a single block. The rest has no padding.
-  """
-  d = dimensions(moment)
-  for dim in (*d.inputs, *d.outputs)[:-1]:
-    if moment.logical[dim] % BLOCK == 0 and moment.names[dim] not in ("vocab", "heads", "kv_heads"):
-      return dim, moment.logical[dim] // BLOCK
-  return len(moment.shape) - 1, 1
 
 
 def _random(moment: ParamSpec, seed: int, step: jax.Array) -> jax.Array:

@@ -42,11 +42,11 @@ def orthogonalize(
       where = {path: rules.spec(spec.names, "state") for path, spec in specs.items()}
       f = jax.shard_map(run, mesh=mesh, in_specs=(where,), out_specs=where, check_vma=False)
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-      done = f({path: flat[path].astype(dtype) for path in specs})
+      done = f({path: flat[path].reshape(spec.shape).astype(dtype) for path, spec in specs.items()})
     for path, x in done.items():
       d = dimensions(specs[path])
       scale = 0.2 * max(size(specs[path], d.inputs), size(specs[path], d.outputs)) ** 0.5
-      flat[path] = scale * x.astype(flat[path].dtype)
+      flat[path] = scale * x.reshape(flat[path].shape).astype(flat[path].dtype)
     return nest(flat)
 
   return optax.stateless(update)

@@ -8,6 +8,7 @@ moments. Moments of matrices are kept in optimizer.state_dtype; the others, whic
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -51,12 +52,14 @@ class Optimizer:
   """`update` maps (gradients, state, parameters, step) to (new parameters, new state); all nested dicts.
 
   Attributes:
+    views: shapes in which parameters are updated (moments.view).
     leaves: of each leaf of Optax's state, its spec, its dtype between steps, and the specs of the arrays that hold it.
     treedef: of Optax's state.
   """
 
   transform: optax.GradientTransformation
   learning_rate: Schedule
+  views: dict[str, tuple[int, ...]]
   leaves: list[tuple[ParamSpec, str, list[ParamSpec]]]
   treedef: Any
   seed: int
@@ -67,13 +70,17 @@ class Optimizer:
     return {spec.path: spec for _, _, stored in self.leaves for spec in stored}
 
   def init(self, params: Tree) -> Tree:
-    return self._store(self.transform.init(params), jnp.int32(0))
+    return self._store(self.transform.init(self._view(params)), jnp.int32(0))
 
   def update(self, grads: Tree, state: Tree, params: Tree, step: jax.Array) -> tuple[Tree, Tree]:
-    updates, new = self.transform.update(grads, self._load(state), params)
+    old = self._view(params)
+    updates, moments = self.transform.update(self._view(grads), self._load(state), old)
     rate = self.learning_rate(step)
-    params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), params, updates)
-    return params, self._store(new, step)
+    new = jax.tree.map(lambda p, u, like: (p - rate * u).astype(p.dtype).reshape(like.shape), old, updates, params)
+    return new, self._store(moments, step)
+
+  def _view(self, params: Tree) -> Tree:
+    return nest({path: x.reshape(self.views[path]) for path, x in flatten(params).items()})
 
   def _load(self, state: Tree) -> Any:
     flat = flatten(state)
@@ -98,16 +105,15 @@ def make(
   transform = optax.chain(
     _scaling(config, params, mesh, rules), optax.add_decayed_weights(o.weight_decay, mask=decayed)
   )
-  abstract = nest({path: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)) for path, s in params.items()})
+  views = {path: moments.view(spec, o.state_dtype)[0].shape for path, spec in params.items()}
+  abstract = nest({path: jax.ShapeDtypeStruct(views[path], jnp.dtype(s.dtype)) for path, s in params.items()})
   state = jax.eval_shape(transform.init, abstract)
   leaves = []
   for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
-    spec = _spec(keys, leaf, params)
-    like = params.get(spec.path.partition("/")[2])
-    whole_matrix = like is not None and spec.shape == like.shape and dimensions(like).is_matrix
-    dtype = o.state_dtype if whole_matrix else spec.dtype
+    spec, low = _spec(keys, leaf, params)
+    dtype = o.state_dtype if low else spec.dtype
     leaves.append((spec, dtype, moments.specs(spec, dtype, rules)))
-  return Optimizer(transform, schedule(o, config.run.steps), leaves, jax.tree.structure(state), config.run.seed)
+  return Optimizer(transform, schedule(o, config.run.steps), views, leaves, jax.tree.structure(state), config.run.seed)
 
 
 def _scaling(
@@ -135,19 +141,19 @@ def _scaling(
 MEANS = {"v_row": lambda d: d.outputs, "v_col": lambda d: d.inputs}
 
 
-def _spec(keys: tuple, leaf: Any, params: dict[str, ParamSpec]) -> ParamSpec:
-  """The spec of a leaf of Optax's state, in which `keys` lead to it.
+def _spec(keys: tuple, leaf: Any, params: dict[str, ParamSpec]) -> tuple[ParamSpec, bool]:
+  """The spec of a leaf of Optax's state, in which `keys` lead to it, and whether it may be kept in a lower precision.
 
   Its path is the name of the moment and the path of the parameter. Every count is the same one: steps.
   """
   last = max(i for i, key in enumerate(keys) if isinstance(key, jax.tree_util.GetAttrKey))
   kind, path = keys[last].name, "/".join(key.key for key in keys[last + 1 :])
   if kind == "count":
-    return ParamSpec(kind, (), (), (), str(leaf.dtype), None, ())
+    return ParamSpec(kind, (), (), (), str(leaf.dtype), None, ()), False
   like = params[path]
   gone = MEANS[kind](dimensions(like)) if kind in MEANS else ()
   keep = lambda values: tuple(value for dim, value in enumerate(values) if dim not in gone)  # noqa: E731
   spec = dataclasses.replace(like, path=f"{kind}/{path}", shape=keep(like.shape), logical=keep(like.logical),
                              names=keep(like.names), dtype=str(leaf.dtype))  # fmt: skip
-  assert spec.shape == leaf.shape, f"the optimizer state {spec.path} {leaf.shape} is like no parameter"
-  return spec
+  assert math.prod(spec.shape) == leaf.size, f"the optimizer state {spec.path} {leaf.shape} is like no parameter"
+  return spec, dimensions(like).is_matrix and not gone

@@ -32,6 +32,10 @@ TEMPLATES = {
     "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
   ),
+  "last": (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% else %}{{ eos_token }}{% endif %}"
+  ),
   "tools": (
     "{%- set ns = namespace(n=0) -%}{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}"
     "{% for m in messages %}{% if m.role == 'note' %}{% continue %}{% endif %}{% set ns.n = ns.n + 1 %}"
@@ -125,7 +129,7 @@ def raw(tokenizer, ids):
 
 @pytest.mark.parametrize(
   "template, messages",
-  [*((name, talk) for name in ("chatml", "generation", "inst") for talk in (TALK, TALK[:2])), ("tools", CALL)],
+  [*((name, talk) for name in ("chatml", "generation", "inst", "last") for talk in (TALK, TALK[:2])), ("tools", CALL)],
 )
 def test_the_tokens_are_those_of_transformers(folder, template, messages):
   theirs = hugging_face(folder(TEMPLATES[template]))
@@ -152,6 +156,7 @@ def test_the_mask_is_that_of_transformers_for_a_template_with_generation_tags(fo
     ("chatml", ["Hi,  there! <<|im_end|>\n", " No. <|im_end|>\n"]),
     ("generation", ["Hi,  there! <<|im_end|>\n", " No. <|im_end|>\n"]),
     ("inst", [" Hi,  there! <</s>", " No.</s>"]),
+    ("last", ["Hi,  there! <<|im_end|>", " No. <|im_end|></s>"]),
   ],
 )
 def test_what_the_assistant_says_counts_with_the_end_of_its_turn(folder, template, want):
@@ -173,6 +178,13 @@ def test_tags_decide_where_a_template_has_them_even_inside_a_macro(folder):
   )
   tokenizer = load_tokenizer(str(folder(template) / "tokenizer.json"))
   assert counted(tokenizer, encode(tokenizer, {"messages": TALK[:3]})[0]) == ["Hi,  there! <"]
+
+
+def test_white_space_at_the_ends_of_a_turn_counts(folder):
+  template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}</s>{% endfor %}"
+  tokenizer = load_tokenizer(str(folder(template) / "tokenizer.json"))
+  talk = [{"role": "assistant", "content": text} for text in ("  a  ", " ", "b\n\n")]
+  assert counted(tokenizer, encode(tokenizer, {"messages": talk})[0]) == ["  a  ", " ", "b\n\n"]
 
 
 def test_prompt_and_completion_are_a_question_and_its_answer(folder):

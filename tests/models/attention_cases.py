@@ -6,6 +6,7 @@ environment once.
 """
 
 import collections
+import functools
 import itertools
 import json
 import os
@@ -20,11 +21,12 @@ import numpy as np
 from jax.experimental import topologies
 
 from maxscale.config import ConfigError, Sharding
-from maxscale.models import attention
+from maxscale.models import attention, splash
 from maxscale.sharding import context, rules, sequence
 from maxscale.sharding import mesh as mesh_lib
 from tests.models import reference as ref
 
+PLAIN = attention.Form()
 METHODS = ("ring", "gather", "ulysses")
 SEGMENTS = ("batch", "length")
 Q, K = (*SEGMENTS, "heads", "head_dim"), (*SEGMENTS, "kv_heads", "head_dim")
@@ -86,9 +88,39 @@ def sinks_for(n):
   return jnp.asarray(np.random.default_rng(7).normal(size=n) + 1, jnp.float32)
 
 
-def compare(layout, args, methods=METHODS, tolerance=1e-5, form=attention.Form(), sinks=None, **options):
+def dense(q, k, v, segments, do, sinks=None, form=PLAIN):
+  """o, dq, dk, dv and the gradient of sinks by the definition, with the [T, T] mask."""
+  position = np.arange(q.shape[1])
+  distance = position[:, None] - position
+  mask = (distance >= 0) & (distance < (form.window or len(position)))
+  mask = mask & (segments[:, :, None] == segments[:, None, :])
+
+  def f(q, k, v, sinks):
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k) * (1 / np.sqrt(q.shape[3]) if form.scale is None else form.scale)
+    logits = form.softcap * jnp.tanh(logits / form.softcap) if form.softcap else logits
+    weights = jnp.where(mask[:, None], jnp.exp(logits), 0)
+    total = weights.sum(-1, keepdims=True) + (0 if sinks is None else jnp.exp(sinks)[:, None, None])
+    return jnp.einsum("bnts,bsnh->btnh", weights / total, v)
+
+  out, pull = jax.vjp(f, q, k, v, sinks)
+  return out, *pull(do)
+
+
+def largest(q, k, segments, form):
+  """The largest logit of each head by the definition, with the [T, T] mask; padding does not count."""
+  distance = np.arange(q.shape[1])[:, None] - np.arange(q.shape[1])
+  mask = (distance >= 0) & (distance < (form.window or len(distance)))
+  mask = mask & (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
+  k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+  logits = jnp.einsum("btnh,bsnh->bnts", q, k) * (q.shape[3] ** -0.5 if form.scale is None else form.scale)
+  logits = form.softcap * jnp.tanh(logits / form.softcap) if form.softcap else logits
+  return jnp.where(mask[:, None], logits, -jnp.inf).max((0, 2, 3))
+
+
+def compare(layout, args, methods=METHODS, tolerance=1e-5, form=PLAIN, sinks=None, **options):
   wide = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in args]
-  expected = jax.jit(functools.partial(ref.attention, form=form))(*wide, sinks)
+  expected = jax.jit(functools.partial(dense, form=form))(*wide, sinks)
   for method in methods:
     order = sequence.order(args[0].shape[1], layout.parts, attention.balanced(method))
     parts = [x[:, order] for x in args] + [sinks] * (sinks is not None)
@@ -112,6 +144,15 @@ def primitives(jaxpr):
   return out
 
 
+FORMS = {
+  "softcap": {"form": attention.Form(softcap=1.5)},
+  "window": {"form": attention.Form(window=5)},
+  "scale": {"form": attention.Form(scale=0.7)},
+  "sinks": {"sinks": sinks_for(8)},
+  "all": {"form": attention.Form(0.7, 2.0, 11), "sinks": sinks_for(8)},
+}
+
+
 def case_two_devices():
   compare(Layout(context=2), inputs(2, 48, 4, 2, 8))
 
@@ -120,38 +161,62 @@ def case_four_devices():
   compare(Layout(context=4), inputs(2, 48, 8, 4, 8))
 
 
-def case_beside_split_batch_and_heads():
-  compare(Layout(data=2, context=2, tensor=2), inputs(4, 48, 8, 4, 8))
+def case_every_form():
+  for options in FORMS.values():
+    compare(Layout(context=4), inputs(2, 48, 8, 4, 8, hv=6), **options)
+
+
+def case_every_form_beside_split_batch_and_heads():
+  compare(Layout(data=2, context=2, tensor=2), inputs(4, 48, 8, 4, 8), **FORMS["sinks"])
+  compare(Layout(data=2, context=2, tensor=2), inputs(4, 48, 8, 4, 8, hv=12), **FORMS["all"])
 
 
 def case_a_sequence_over_two_mesh_axes():
   axes = ("fsdp", "context")
   layout = Layout(fsdp=2, context=4, compute={"batch": "data", "length": axes, "residual_length": axes})
   compare(layout, inputs(2, 48, 8, 8, 8))
+  compare(layout, inputs(2, 48, 8, 8, 8), ("gather", "ulysses"), **FORMS["all"])
 
 
-def case_shares_long_enough_for_causal_blocks():
+def case_shares_long_enough_for_blocks():
   compare(Layout(context=2), inputs(2, 256, 2, 2, 8))
+  compare(Layout(context=2), inputs(1, 512, 2, 2, 8), form=attention.Form(window=40))  # four blocks of each chunk
 
 
 def case_bfloat16():
-  compare(Layout(context=4), inputs(2, 64, 4, 4, 8, jnp.bfloat16), tolerance=2e-2)
+  compare(Layout(context=4), inputs(2, 64, 8, 4, 8, jnp.bfloat16, hv=6), tolerance=2e-2)
+  compare(Layout(context=4), inputs(2, 64, 8, 4, 8, jnp.bfloat16, hv=6), tolerance=2e-2, **FORMS["all"])
 
 
 def case_kernels_of_a_tpu():
-  compare(Layout(context=2), inputs(1, 512, 4, 2, 128), backend="interpret")
+  layout, args, sinks = Layout(context=2), inputs(1, 512, 4, 2, 24, hv=16), sinks_for(4)
+  compare(layout, args, backend="interpret", form=attention.Form(softcap=2.0), sinks=sinks)
+  windows = attention.Form(0.7, 2.0, 130)  # ring has gather's keys then
+  compare(layout, args, ("ring", "ulysses"), backend="interpret", form=windows, sinks=sinks)
 
 
 def case_kernels_of_a_tpu_on_four_devices():
-  compare(Layout(context=4), inputs(2, 1024, 1, 1, 128), ("ring", "gather"), backend="interpret")
+  compare(Layout(context=4), inputs(2, 1024, 1, 1, 16), ("ring", "gather"), backend="interpret")
 
 
 def case_kernels_of_a_tpu_for_many_blocks():
-  fused, attention.FUSED_BLOCKS = attention.FUSED_BLOCKS, 0
+  fused, splash.FUSED_BLOCKS = splash.FUSED_BLOCKS, 0
   try:
-    compare(Layout(context=2), inputs(1, 512, 1, 1, 128), ("ring", "gather"), backend="interpret")
+    compare(Layout(context=2), inputs(1, 512, 1, 1, 16), ("ring", "gather"), backend="interpret",
+            form=attention.Form(softcap=2.0))  # fmt: skip
   finally:
-    attention.FUSED_BLOCKS = fused
+    splash.FUSED_BLOCKS = fused
+
+
+def case_the_largest_logits():
+  q, k, _, segments, _ = inputs(4, 64, 8, 4, 8)
+  for form in (attention.Form(), attention.Form(0.7, 2.0, 11)):
+    expected = largest(q, k, segments, form)
+    for layout in (Layout(context=4), Layout(data=2, context=2, tensor=2)):
+      for method in METHODS:
+        order = sequence.order(64, layout.parts, attention.balanced(method))
+        actual = layout.max_logits(method, form)(*(x[:, order] for x in (q, k, segments)))
+        ref.assert_close(actual, expected, 1e-6, f"{method} {form}")
 
 
 def case_attention_that_a_policy_keeps_is_not_computed_again():
@@ -161,8 +226,9 @@ def case_attention_that_a_policy_keeps_is_not_computed_again():
   for method in METHODS:
     count = {name: primitives(jax.make_jaxpr(layout.gradients(method, wrap))(*args)) for name, wrap in wraps.items()}
     assert count["keep"]["dot_general"] < count["full"]["dot_general"], (method, count)
-    if method == "ring":  # its backward pass makes the weights itself, and needs nothing again
-      assert count["keep"]["dot_general"] == count["none"]["dot_general"], count
+    # the backward pass makes the weights itself, and needs nothing again
+    assert count["keep"]["dot_general"] == count["none"]["dot_general"], (method, count)
+    if method == "ring":
       assert count["keep"]["ppermute"] == count["none"]["ppermute"] < count["full"]["ppermute"], count
 
 

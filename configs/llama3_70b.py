@@ -1,0 +1,30 @@
+"""Llama 3 70B, 8,192 tokens a sequence (Grattafiori et al., arXiv 2407.21783, table 3).
+
+For 512 v5p chips: FSDP, 2 sequences a chip, 8.4 M tokens a step.
+
+The data of this file is Python's own source text and its tokens are bytes: give your own,
+
+    python -m maxscale.train --config configs/llama3_70b.py --config.data.tokenizer=TOKENIZER.json
+      --config.data.sources.mine.kind=parquet --config.data.sources.mine.path='DATA/*.parquet'
+      --config.data.mixture="{'mine': 1.0}"
+
+and `--small` for a scaled-down copy on this machine.
+"""
+
+from maxscale.config import default
+from maxscale.models import families
+
+
+def get_config():
+  c = default()
+  families.preset(c, "llama3-70b")
+  c.run.steps = 1000000
+  c.data.batch_size = 1024
+  c.data.length = 8192
+  c.optimizer.learning_rate = 1.5e-4
+  c.optimizer.warmup_steps = 2000
+  c.optimizer.final_fraction = 0.1
+
+  c.mesh.topology = "v5p:8x8x8"
+  c.mesh.fsdp = -1
+  return c

@@ -1,0 +1,31 @@
+"""Mixtral 8x7B, 4,096 tokens a sequence (Jiang et al., arXiv 2401.04088, table 1).
+
+For 64 v5p chips: experts over 8, FSDP over 8, 12 sequences a chip in 2 microbatches, 3.1 M tokens a step.
+Optimizer and batch are this project's own: the paper does not publish them.
+
+The data of this file is Python's own source text and its tokens are bytes: give your own,
+
+    python -m maxscale.train --config configs/mixtral_8x7b.py --config.data.tokenizer=TOKENIZER.json
+      --config.data.sources.mine.kind=parquet --config.data.sources.mine.path='DATA/*.parquet'
+      --config.data.mixture="{'mine': 1.0}"
+
+and `--small` for a scaled-down copy on this machine.
+"""
+
+from maxscale.config import default
+from maxscale.models import families
+
+
+def get_config():
+  c = default()
+  families.preset(c, "mixtral-8x7b")
+  c.run.steps = 500_000
+  c.data.batch_size = 768
+  c.data.length = 4096
+  c.sharding.microbatches = 2
+  c.optimizer.learning_rate = 1.5e-4
+  c.optimizer.warmup_steps = 2000
+  c.mesh.topology = "v5p:4x4x4"
+  c.mesh.expert = 8
+  c.mesh.fsdp = -1
+  return c
