@@ -1,19 +1,22 @@
-"""`python -m maxscale.evaluate`: the perplexity of a text against plain log-softmax of the model's logits."""
+"""`python -m maxscale.evaluate`: the perplexity of a text against the log-softmax of the plain model's logits."""
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maxscale import assemble, evaluate, resume
 from maxscale.checkpoint.restore import restore
 from maxscale.generate import on_this_machine, read_config
+from maxscale.models import plain
 from tests import runs
 
-TEXT = "def load(path):\n  # ünïcode 漢字\n  return open(path).read()\n" * 3
+TEXT = "def load(path):\n  # ünïcode 漢字\n  return open(path).read()\n" * 3 + "x"
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +42,16 @@ def say(capsys):
 
 @pytest.fixture(scope="module")
 def logits(run_dir):
-  """(ids [T], step) -> float64 [T, V]: the model as it is, one sequence, nothing packed."""
+  """(ids [T], step) -> float64 [T, V]: the plain model, one sequence, nothing packed."""
   config = on_this_machine(read_config(str(run_dir)))
   program = assemble.build(config, assemble.vocabulary(config)[1], sampling=True)
-
-  def forward(params, ids):
-    model = program.skeleton.merge(params)
-    batch = {"segments": jnp.ones_like(ids), "positions": jnp.arange(ids.shape[1])[None]}
-    x, _, _ = model.run_layers(model.embed(ids), jnp.arange(model.shape.L), batch)
-    return model.logits(x)[0]
-
-  forward = jax.jit(forward)
+  forward = jax.jit(lambda params, batch: plain.logits(config, params, batch)[0])
 
   def run(ids, step):
     params = restore(str(run_dir), resume.leaves(program, "params/"), step).state["params"]
-    return np.asarray(forward(params, np.asarray(ids, np.int32)[None]), np.float64)
+    tokens = np.asarray(ids, np.int32)[None]
+    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": np.arange(len(ids))[None]}
+    return np.asarray(forward(params, batch), np.float64)
 
   return run
 
@@ -70,7 +68,7 @@ def nats(logits, ids, length, step):
 
 @pytest.mark.parametrize("length, step", [(None, None), (50, 40), (1000, None)])
 def test_perplexity_is_that_of_plain_logits(tmp_path, run_dir, say, logits, monkeypatch, length, step):
-  monkeypatch.setattr(evaluate, "TOKENS", 100)  # so that there are several batches, and the last has empty rows
+  monkeypatch.setattr(evaluate, "TOKENS", 200)  # 4 rows of 64 tokens are 2 batches of 3, the last with 2 empty rows
   (tmp_path / "text").write_text(TEXT)
   options = [*(("--length", length) if length else ()), *(("--step", step) if step else ())]
   code, said, err = say("--run", run_dir, "--text", tmp_path / "text", *options)
@@ -82,12 +80,24 @@ def test_perplexity_is_that_of_plain_logits(tmp_path, run_dir, say, logits, monk
   assert float(said["bits a byte"]) == pytest.approx(want / len(ids) / math.log(2), rel=1e-4)
 
 
+def test_several_devices_share_the_rows(tmp_path, run_dir, say):
+  (tmp_path / "text").write_text(TEXT)
+  ask = ["--run", str(run_dir), "--text", str(tmp_path / "text"), "--length", "50"]
+  environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
+  command = [sys.executable, "-m", "maxscale.evaluate", *ask]
+  done = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, check=True)
+  split, (_, one, _) = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines()), say(*ask)
+  assert split.keys() == one.keys() and split["tokens"] == one["tokens"]
+  assert float(split["nats a token"]) == pytest.approx(float(one["nats a token"]), abs=3e-6)
+
+
 @pytest.mark.parametrize("number, length, size", [(1, 4, 2), (7, 4, 1), (8, 4, 2), (9, 4, 4), (40, 4, 3)])
 def test_every_token_is_a_target_once(number, length, size):
   ids = np.arange(100, 100 + number)
   made = list(evaluate.batches(ids, 7, length, size))
   assert all(batch["tokens"].shape == (size, length) and batch["rows"].tolist() == list(range(size)) for batch in made)
-  rows = [(t[s > 0].tolist(), y[y >= 0].tolist()) for b in made for t, s, y in zip(*(b[k] for k in ("tokens", "segments", "targets")))]  # fmt: skip
+  arrays = [np.concatenate([batch[key] for batch in made]) for key in ("tokens", "segments", "targets")]
+  rows = [(t[s > 0].tolist(), y[y >= 0].tolist()) for t, s, y in zip(*arrays)]
   pieces = [ids[i : i + length].tolist() for i in range(0, number, length)]
   assert [y for _, y in rows if y] == pieces
   for tokens, y in rows:

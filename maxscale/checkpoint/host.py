@@ -13,10 +13,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxscale import storage
-from maxscale.checkpoint import arrays, commit, restore
+from maxscale.checkpoint import arrays, commit
 from maxscale.checkpoint.fingerprint import host_words
 from maxscale.checkpoint.layout import CheckpointError, Leaf, Region, size, slices
 from maxscale.checkpoint.orbax_io import ARRAYS, process_file
+from maxscale.checkpoint.restore import changed_files
 
 Shape = tuple[int, ...]
 
@@ -60,7 +61,7 @@ class Writer:
     """Writes the file that holds a region of the layer in a row; row 0 of an array that stacks none."""
     leaf = self._leaves[path]
     lead = ((row, row + 1),) if leaf.layer_dims else ()
-    piece = arrays.Piece(leaf, lead + where, data.reshape((1,) * len(lead) + data.shape))
+    piece = arrays.Piece(leaf, lead + where, data.reshape([b - a for a, b in lead + where]))
     asyncio.run(arrays.write_file(self._stores[path], piece))
     words = host_words(data, where, leaf.layer_shape)
     with self._lock:
@@ -90,7 +91,7 @@ class Reader:
     self.step = steps[-1] if step is None else step
     self.marker = commit.read_marker(run_dir, self.step)
     base = commit.folder(run_dir, self.step)
-    damage = restore.changed_files(base, self.marker, ())
+    damage = changed_files(base, self.marker, ())
     if damage:
       raise CheckpointError(
         f"the checkpoint of step {self.step} in {run_dir} is damaged: {damage}; give another --step"
@@ -130,6 +131,13 @@ class Reader:
       yield where, data
     if words.tolist() != self.marker["fingerprints"][parameter][layer]:
       raise self._damaged(parameter, layer, "its fingerprint differs")
+
+  def layer(self, parameter: str, layer: int) -> np.ndarray:
+    """A layer of a parameter, whole."""
+    out = np.empty(self.shape(parameter, layer) or (), np.float32)
+    for where, data in self.chunks(parameter, layer):
+      out[slices(where)] = data
+    return out
 
   def chunk_bytes(self, parameter: str, layer: int) -> int:
     """Bytes of the largest region of a layer that `chunks` gives."""

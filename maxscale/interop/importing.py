@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
 import re
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,8 +22,9 @@ from maxscale.interop.links import Tensor, Tensors
 from maxscale.interop.quantised import BF16
 from maxscale.interop.safetensors import NAMES
 from maxscale.interop.source import FLOATS, Entry, Source
-from maxscale.models import families, family
+from maxscale.models import decoder, families, family
 from maxscale.models.module import ParamSpec
+from maxscale.models.parts import Shape
 
 ORIGINAL = "hf.json"  # in a converted checkpoint: what writing it back needs of the original
 # Files beside the tensors that are kept: of the tokenizer, and of generation.
@@ -37,19 +35,7 @@ KEPT = (
 BLOCK = 64 * 2**20  # bytes of a file, at most
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """What a conversion did: bytes read and written, seconds, the peak of memory (None: not known here), the largest tensor."""
-
-  read: int
-  written: int
-  seconds: float
-  peak: int | None
-  tracked: int
-  largest: int
-
-
-def from_hf(folder: str, out: str, preset: str = "") -> Report:
+def from_hf(folder: str, out: str, preset: str = "") -> work.Report:
   """Converts the checkpoint in a folder to one of ours, of step 0, in the new folder `out`.
 
   Args:
@@ -58,13 +44,15 @@ def from_hf(folder: str, out: str, preset: str = "") -> Report:
   Raises:
     InteropError: a file or tensor is missing, damaged or not what config.json says; nothing was written.
   """
-  with work.new_folder(out) as writing, work.Clock() as clock:
+  meter = work.Meter()
+  with work.new_folder(out) as writing:
     source = Source(folder)
     config = _config(source, out, preset)
     specs = parameters(config)
     tensors = links.tensors(families.get(config.model.family), specs, config.model)
     check(source, config, tensors)
-    return _write(source, config, specs, tensors, writing, clock)
+    read, written = _write(source, config, specs, tensors, writing, meter)
+  return meter.report(read, written)
 
 
 def _config(source: Source, out: str, preset: str) -> Config:
@@ -84,9 +72,6 @@ def _config(source: Source, out: str, preset: str) -> Config:
 
 def parameters(config: Config) -> dict[str, ParamSpec]:
   """Path -> spec of each parameter of a config's model, the adapters of LoRA included."""
-  from maxscale.models import decoder
-  from maxscale.models.parts import Shape
-
   shape = Shape.of(config, config.model.vocab_size)
   return decoder.skeleton(shape, tuple(range(shape.L - shape.L_dense))).specs
 
@@ -150,6 +135,86 @@ def _check_copy(source: Source, copy: Tensor, tensors: Tensors) -> None:
   rows = max(1, BLOCK // (a[:1].size * 4))
   if any((a[i : i + rows] != b[i : i + rows]).any() for i in range(0, len(a), rows)):
     raise InteropError(
-      f"{source.tensors[copy.name].where} differs from {holder.name}, which it repeats in a model with "
-      f"tied_embeddings={tensors and True}; set tie_word_embeddings in config.json to what the checkpoint is"
+      f"{source.tensors[copy.name].where} differs from {holder.name}, which it repeats in the model that config.json "
+      "says (tie_word_embeddings); change config.json to what the checkpoint is"
     )
+
+
+# ---- writing
+
+
+def _write(
+  source: Source, config: Config, specs: Mapping[str, ParamSpec], tensors: Tensors, out: str, meter: work.Meter
+) -> tuple[int, int]:
+  """Writes the checkpoint; returns the bytes of the tensors and of the arrays."""
+  leaves = tuple(host.leaf_of(f"params/{path}", spec.logical, spec.rows) for path, spec in specs.items())
+  meter.largest = max(4 * math.prod(tensor.shape) for tensor in tensors.holders.values())
+  files = _files(tensors, min(BLOCK, max(2**20, meter.largest // 4)))
+  writer = host.Writer(out, 0, leaves, {f"params/{path}": shape for path, shape in files.items()})
+  budget = meter.budget(meter.largest * 5 // 2)
+  work.run(_jobs(source, tensors, files, writer), budget)
+  storage.write(storage.path(out) / "config.json", config_lib.to_json(config))
+  storage.write(storage.path(out) / ORIGINAL, json.dumps(_original(source, tensors), indent=2))
+  keep(source.folder, out)
+  writer.commit(commit.Meta(config_hash=config.hash, config=config_lib.to_json(config), data_fingerprint="{}"))
+  return sum(entry.stored.nbytes for entry in source.tensors.values()), writer.bytes
+
+
+def _files(tensors: Tensors, limit: int) -> dict[str, host.Shape]:
+  """Path -> shape of a file of a layer: of one expert where a tensor of theirs is one, and at most `limit` bytes."""
+  out = {}
+  for part in (part for tensor in tensors.holders.values() for part in tensor.parts):
+    shape = list(part.shape)
+    for i, n in enumerate(shape):
+      shape[i] = max(1, min(n, limit // (4 * math.prod(shape[i + 1 :]))))
+      if shape[i] > 1:  # the dimensions behind are whole: a file is contiguous in its layer
+        break
+    out[part.path] = (1,) * (part.expert >= 0) + tuple(shape)
+  return out
+
+
+def _jobs(
+  source: Source, tensors: Tensors, files: Mapping[str, host.Shape], writer: host.Writer
+) -> Iterator[tuple[int, Callable[[], None]]]:
+  for name, tensor in tensors.holders.items():
+    block = max(4 * math.prod(files[part.path]) for part in tensor.parts)  # twice: itself, and encoded
+    yield source.tensors[name].nbytes + 2 * block, functools.partial(_job, source, tensor, files, writer)
+
+
+def _job(source: Source, tensor: Tensor, files: Mapping[str, host.Shape], writer: host.Writer) -> None:
+  array = source.tensors[tensor.name].open()
+  for i, part in enumerate(tensor.parts):
+    view = tensor.view(array, i)
+    for where in host.blocks(part.shape, files[part.path][part.expert >= 0 :]):
+      data = to_float32(view[tensor.index(i, where)])
+      writer.write(f"params/{part.path}", part.row, part.in_layer(where), data)
+
+
+def to_float32(x: np.ndarray) -> np.ndarray:
+  """A contiguous copy in float32."""
+  if x.dtype != BF16:
+    return np.array(x, np.float32, order="C")
+  out = np.zeros(x.shape, np.float32)  # bfloat16 is the high half of float32; NumPy's own cast is many times slower
+  out.view(np.uint16).reshape(*x.shape, 2)[..., 1] = x.view(np.uint16)
+  return out
+
+
+def _original(source: Source, tensors: Tensors) -> dict[str, Any]:
+  """What writing back needs: the config.json, the dtype of most tensors, those that differ, and copies that were there."""
+  dtypes = {name: NAMES[e.dtype] for name, e in source.tensors.items() if e.dtype in FLOATS}
+  main = Counter(dtypes.values()).most_common(1)[0][0]
+  config = {k: v for k, v in (source.config or {}).items() if k != "quantization_config"}
+  return {
+    "config": config or None,
+    "dtype": main,
+    "dtypes": {name: dtype for name, dtype in dtypes.items() if dtype != main},
+    "copies": sorted(tensors.copies.keys() & source.tensors.keys()),
+  }
+
+
+def keep(folder: str, out: str) -> None:
+  """Copies the files of the tokenizer and of generation."""
+  for name in KEPT:
+    file = storage.path(folder) / name
+    if file.exists():
+      storage.write(storage.path(out) / name, file.read_bytes())

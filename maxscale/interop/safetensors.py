@@ -51,12 +51,12 @@ class Stored:
     """For messages."""
     return f"{self.file}: {self.name}"
 
-  def open(self, mode: str = "r") -> np.ndarray:
-    """The tensor, mapped from its file; "r+" to write it."""
+  def open(self, writable: bool = False) -> np.ndarray:
+    """The tensor, mapped from its file."""
     if not self.nbytes:
       return np.empty(self.shape, self.dtype)
     # Mapped as bytes, since a tensor may begin anywhere.
-    mapped = np.memmap(self.file, np.uint8, mode, self.offset, (self.nbytes,))
+    mapped = np.memmap(self.file, np.uint8, "r+" if writable else "r", self.offset, (self.nbytes,))
     return np.ndarray(self.shape, self.dtype, mapped)
 
 

@@ -81,12 +81,12 @@ class Source:
         f"{self.folder}: config.json says quantization {how.get('quant_method')!r}; known: {', '.join(SCHEMES)}. Use the "
         "checkpoint that is not quantised"
       )
-    block = tuple(how.get("weight_block_size") or (128, 128))
+    rows, columns = how.get("weight_block_size") or (128, 128)
     out, rest = {}, dict(self.stored)
-    for name, tensor in self.stored.items():
+    for name in self.stored:
       if name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in rest:
         weight = rest.pop(name.removesuffix("_scale_inv"))
-        out[weight.name] = _fp8(weight, rest.pop(name), block)
+        out[weight.name] = _fp8(weight, rest.pop(name), (rows, columns))
       if name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in rest:
         base = name.removesuffix("_scales")
         out[base] = _mxfp4(rest.pop(f"{base}_blocks"), rest.pop(name))
@@ -97,7 +97,9 @@ class Source:
 
 def _fp8(weight: Stored, scale: Stored, block: tuple[int, int]) -> Entry:
   if weight.dtype != quantised.FP8 or len(weight.shape) != 2:
-    raise InteropError(f"{weight.where} has scales, but is {weight.dtype}{list(weight.shape)}, not float8_e4m3 [out, in]")
+    raise InteropError(
+      f"{weight.where} has scales, but is {weight.dtype}{list(weight.shape)}, not float8_e4m3 [out, in]"
+    )
   want = tuple(-(-n // b) for n, b in zip(weight.shape, block))
   if scale.shape != want or scale.dtype not in FLOATS:
     raise InteropError(

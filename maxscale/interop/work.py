@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 from maxscale import storage
@@ -57,22 +59,55 @@ def run(jobs: Iterable[tuple[int, Callable[[], None]]], budget: Budget) -> None:
       future.result()
 
 
-class Peak:
-  """The peak of this process's resident memory above what it was, in bytes, by the kernel's own high-water mark."""
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a conversion did, in bytes and seconds.
+
+  Attributes:
+    read, written: bytes of tensors.
+    largest: bytes of the largest tensor of theirs in float32.
+    held: the most that buffers held at once, by the budget.
+    peak: the most that the process's memory grew, by the kernel; None where it does not say.
+  """
+
+  read: int
+  written: int
+  seconds: float
+  largest: int
+  held: int
+  peak: int | None
+
+  def __str__(self) -> str:
+    mib = lambda n: f"{n / 2**20:,.1f} MiB"  # noqa: E731
+    peak = f"memory grew by {mib(self.peak)} at its peak (VmHWM)" if self.peak is not None else "peak of memory unknown"
+    return (
+      f"read {mib(self.read)}, wrote {mib(self.written)} in {self.seconds:.1f} s ({self.written / self.seconds / 1e6:,.0f} "
+      f"MB/s); {peak}, of which buffers {mib(self.held)}; the largest tensor has {mib(self.largest)} in float32"
+    )
+
+
+class Meter:
+  """Measures a conversion, from when it is made. `largest` and the budget are set by who converts."""
 
   STATUS, RESET = "/proc/self/status", "/proc/self/clear_refs"
 
   def __init__(self):
-    self.known = os.path.exists(self.RESET)  # Linux
-    if self.known:
+    self.largest, self._start, self._budget = 0, time.perf_counter(), Budget(0)
+    self._before = None
+    if os.path.exists(self.RESET):  # Linux
       with open(self.RESET, "w") as f:
-        f.write("5")  # the mark starts again from here
-      self._before = self._read("VmRSS")
+        f.write("5")  # the kernel's high-water mark of resident memory starts again from here
+      self._before = self._status("VmRSS")
 
-  def bytes(self) -> int:
-    return self._read("VmHWM") - self._before
+  def budget(self, limit: int) -> Budget:
+    self._budget = Budget(limit)
+    return self._budget
 
-  def _read(self, key: str) -> int:
+  def report(self, read: int, written: int) -> Report:
+    peak = None if self._before is None else max(0, self._status("VmHWM") - self._before)
+    return Report(read, written, time.perf_counter() - self._start, self.largest, self._budget.peak, peak)
+
+  def _status(self, key: str) -> int:
     with open(self.STATUS) as f:
       found = re.search(rf"{key}:\s+(\d+) kB", f.read())
     assert found

@@ -71,11 +71,11 @@ class Further(parts.Weights):
     self.layer = Layer(shape, dense=not shape.E)
     self.final_norm = parts.Norm(shape)
 
-  def __call__(self, x_btd: jax.Array, embedded_btd: jax.Array, window: int, batch: Batch,
+  def __call__(self, x_btd: jax.Array, embedded_btd: jax.Array, layer: int, batch: Batch,
                call: Call) -> tuple[jax.Array, Aux]:  # fmt: skip
     x = jnp.concatenate([self.hidden_norm(x_btd), self.embedding_norm(embedded_btd)], axis=-1)
-    x, aux, _ = self.layer(self.product("btd,de->bte", x, "projection"), jnp.int32(-1), window, batch, call, None)
-    return x, aux
+    x = self.product("btd,de->bte", x, "projection")
+    return self.layer(x, jnp.int32(layer), self.shape.window(layer), batch, call, None)[:2]
 
 
 class Decoder(parts.Weights):
@@ -138,10 +138,9 @@ class Decoder(parts.Weights):
     """The losses of multi-token prediction: (loss * scale, nll), each the mean of the modules; aux [modules, ...]."""
     modules, (graph, stack), losses, outputs = self.shape.m.mtp, nnx.split(self.mtp), [], []
     for k in range(modules):
-      window = self.shape.window(self.shape.L + k)
 
-      def run(params: Any, x: jax.Array, embedded: jax.Array, window: int = window) -> Any:
-        return nnx.merge(graph, params)(x, embedded, window, batch, call)
+      def run(params: Any, x: jax.Array, embedded: jax.Array, layer: int = self.shape.L + k) -> Any:
+        return nnx.merge(graph, params)(x, embedded, layer, batch, call)
 
       params = jax.tree.map(lambda a: a[k], stack)  # noqa: B023
       x_btd, aux = call.remat(run)(params, x_btd, self.lookup(batch[f"tokens_{k + 1}"]))

@@ -72,6 +72,7 @@ class Family:
     fields: option -> key of config.json, both ways.
     defaults: what config.json means where it lacks a key or has null there; None: our default, and our 0 is written as
       null. A key that is neither there nor here is an error.
+    aliases: another name of a key -> the one that is said here and written.
     expected: key of config.json -> the only value that `options` can mean. A key that is absent or null means this, too.
     read: the options that `fields` cannot say, from a config.json.
     write: the entries of config.json that `fields` cannot say, from a `resolved` model.
@@ -88,6 +89,7 @@ class Family:
   fields: Mapping[str, str]
   links: tuple[Link, ...]
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
   expected: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   read: Callable[[dict[str, Any]], dict[str, Any]] = lambda hf: read_rope(hf)
   write: Callable[[Model], dict[str, Any]] = lambda model: write_rope(model)
@@ -100,6 +102,7 @@ class Family:
     Raises:
       FamilyError: a key is missing, or has a value that this family's code does not mean.
     """
+    hf = {self.aliases.get(key, key): value for key, value in hf.items()}
     for key, value in self.expected.items():
       if hf.get(key) is not None and hf[key] != value:
         raise FamilyError(f"config.json: {key}={hf[key]!r}; {self.name} models are read with {key}={value!r} only")
@@ -119,6 +122,9 @@ class Family:
     Raises:
       FamilyError: the model has an option that this family cannot have.
     """
+    for option in ("experts", "mla.kv_rank"):
+      if option in self.fields and not get(model, option):
+        raise FamilyError(f"model.{option}=0 cannot be written as a {self.name} model; set model.family to another")
     model = resolved(model)
     null = {key for key, value in self.defaults.items() if value is None}
     entries = {key: get(model, option) for option, key in self.fields.items()}
@@ -286,6 +292,21 @@ def shortest_period(values: tuple) -> tuple:
   return values[:n]
 
 
+def read_softcaps(hf: dict[str, Any]) -> dict[str, Any]:
+  """`query_scale` and both softcaps, from keys that must be there, or in the defaults."""
+  caps = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
+  return {"query_scale": hf["query_pre_attn_scalar"] ** -0.5} | {o: hf[key] or 0.0 for o, key in caps.items()}
+
+
+def write_softcaps(model: Model) -> dict[str, Any]:
+  """The inverse of `read_softcaps`."""
+  return {
+    "query_pre_attn_scalar": round((model.query_scale or model.head_dim**-0.5) ** -2),
+    "attn_logit_softcapping": model.attention_softcap or None,
+    "final_logit_softcapping": model.logit_softcap or None,
+  }
+
+
 # ---- what the families that follow Llama share
 
 # fmt: off
@@ -307,6 +328,12 @@ EMBEDDINGS = (
 NORMS = (
   Link("model.layers.{layer}.input_layernorm.weight", "layers/attention_norm/scale", "d -> d"),
   Link("model.layers.{layer}.post_attention_layernorm.weight", "layers/mlp_norm/scale", "d -> d"),
+)
+FOUR_NORMS = (
+  Link("model.layers.{layer}.input_layernorm.weight", "layers/attention_norm/scale", "d -> d"),
+  Link("model.layers.{layer}.post_attention_layernorm.weight", "layers/attention_post_norm/scale", "d -> d"),
+  Link("model.layers.{layer}.pre_feedforward_layernorm.weight", "layers/mlp_norm/scale", "d -> d"),
+  Link("model.layers.{layer}.post_feedforward_layernorm.weight", "layers/mlp_post_norm/scale", "d -> d"),
 )
 ATTENTION = (
   Link("model.layers.{layer}.self_attn.q_proj.weight", "layers/attention/query", "(nh)d -> dnh"),
@@ -333,4 +360,60 @@ EXPERTS = (
   Link("model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight", "layers/mlp/gate", "fd -> df"),
   Link("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight", "layers/mlp/up", "fd -> df"),
   Link("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight", "layers/mlp/down", "df -> fd"),
+)
+
+# ---- latent attention, first layers with a dense MLP, and then experts beside an MLP that every token passes
+
+# fmt: off
+LATENT_FIELDS = {
+  "vocab_size": "vocab_size", "embed": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+  "tied_embeddings": "tie_word_embeddings", "mlp": "moe_intermediate_size", "experts": "n_routed_experts",
+  "experts_per_token": "num_experts_per_tok", "mla.kv_rank": "kv_lora_rank", "mla.nope_dim": "qk_nope_head_dim",
+  "mla.rope_dim": "qk_rope_head_dim", "mla.v_dim": "v_head_dim", "moe.scale": "routed_scaling_factor",
+  "moe.dense_layers": "first_k_dense_replace", "moe.dense_mlp": "intermediate_size",
+}
+# The published code and transformers normalise latents with 1e-6, whatever rms_norm_eps says.
+LATENT_EXPECTED = {
+  "hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "moe_layer_freq": 1, "rope_interleave": True,
+}
+# fmt: on
+
+
+def read_latent(hf: dict[str, Any]) -> dict[str, Any]:
+  """What `LATENT_FIELDS` cannot say; `q_lora_rank` and `n_shared_experts` must be there, or in the defaults."""
+  shared = (hf["n_shared_experts"] or 0) * hf["moe_intermediate_size"]
+  return read_rope(hf) | {"mla.q_rank": hf["q_lora_rank"] or 0, "moe.shared": shared}
+
+
+def write_latent(model: Model) -> dict[str, Any]:
+  """The inverse of `read_latent`."""
+  sizes = {"n_shared_experts": model.moe.shared // model.mlp, "q_lora_rank": model.mla.q_rank or None}
+  return write_rope(model) | sizes | {"num_key_value_heads": model.heads}
+
+
+LATENT_ATTENTION = (
+  Link("model.layers.{layer}.self_attn.q_proj.weight", "layers/attention/query", "(nh)d -> dnh", rotary="h"),
+  Link("model.layers.{layer}.self_attn.q_a_proj.weight", "layers/attention/query_down", "rd -> dr"),
+  Link("model.layers.{layer}.self_attn.q_a_layernorm.weight", "layers/attention/query_down_norm", "r -> r"),
+  Link("model.layers.{layer}.self_attn.q_b_proj.weight", "layers/attention/query_up", "(nh)r -> rnh", rotary="h"),
+  Link("model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight", "layers/attention/kv_down", "rd -> dr", rotary="r"),
+  Link("model.layers.{layer}.self_attn.kv_a_layernorm.weight", "layers/attention/kv_down_norm", "r -> r"),
+  Link("model.layers.{layer}.self_attn.kv_b_proj.weight", "layers/attention/kv_up", "(nh)r -> rnh"),
+  Link("model.layers.{layer}.self_attn.o_proj.weight", "layers/attention/out", "d(nh) -> nhd"),
+)
+SHARED_EXPERTS = (
+  Link("model.layers.{layer}.mlp.gate.e_score_correction_bias", "layers/mlp/correction", "e -> e"),
+  Link("model.layers.{layer}.mlp.shared_experts.gate_proj.weight", "layers/mlp/shared/gate", "fd -> df"),
+  Link("model.layers.{layer}.mlp.shared_experts.up_proj.weight", "layers/mlp/shared/up", "fd -> df"),
+  Link("model.layers.{layer}.mlp.shared_experts.down_proj.weight", "layers/mlp/shared/down", "df -> fd"),
+)
+LATENT = EMBEDDINGS + NORMS + LATENT_ATTENTION + MLP + EXPERTS + SHARED_EXPERTS
+# Around the layer of multi-token prediction, which lies behind the last.
+FURTHER = (
+  Link("model.layers.{layer}.enorm.weight", "mtp/embedding_norm/scale", "d -> d"),
+  Link("model.layers.{layer}.hnorm.weight", "mtp/hidden_norm/scale", "d -> d"),
+  Link("model.layers.{layer}.eh_proj.weight", "mtp/projection", "ed -> de"),
+  Link("model.layers.{layer}.shared_head.norm.weight", "mtp/final_norm/scale", "d -> d"),
+  Link("model.layers.{layer}.embed_tokens.weight", "embedding", "vd -> vd", copy=True),
+  Link("model.layers.{layer}.shared_head.head.weight", "head", "vd -> vd", copy=True),
 )

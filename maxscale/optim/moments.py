@@ -33,7 +33,7 @@ def view(spec: ParamSpec, dtype: str) -> tuple[ParamSpec, int]:
   other is a multiple of BLOCK, a row of the last one is a block. None of these is padded.
   """
   d = dimensions(spec)
-  for dim in (*d.inputs, *d.outputs)[:-1] if dtype == "int8" else ():
+  for dim in (*d.inputs, *d.outputs)[:-1] if dtype == "int8" and d.is_matrix else ():
     if spec.logical[dim] % BLOCK == 0 and spec.names[dim] not in ("vocab", "heads", "kv_heads"):
       cut = lambda values, *new: (*values[:dim], *new, *values[dim + 1 :])  # noqa: B023, E731
       shape = cut(spec.shape, spec.shape[dim] // BLOCK, BLOCK)
@@ -62,6 +62,18 @@ def specs(moment: ParamSpec, dtype: str, rules: Rules | None) -> list[ParamSpec]
   return [dataclasses.replace(moment, dtype="int8" if _signed(moment) else "uint8"), scale]
 
 
+def enter(spec: ParamSpec, dtype: str, x: jax.Array) -> jax.Array:
+  """An array of the spec's shape in the shape of `view`."""
+  shape = view(spec, dtype)[0].shape
+  # Without the barriers the compiler moves reshapes into the update, which for a TPU is then no longer one operation.
+  return x if shape == spec.shape else jax.lax.optimization_barrier(x.reshape(shape))
+
+
+def leave(spec: ParamSpec, x: jax.Array) -> jax.Array:
+  """The inverse of `enter`."""
+  return x if x.shape == spec.shape else jax.lax.optimization_barrier(x).reshape(spec.shape)
+
+
 def encode(moment: ParamSpec, dtype: str, x: jax.Array, seed: int, step: jax.Array) -> list[jax.Array]:
   """A float32 moment, as in `view`, as the arrays of `specs`. Rounding depends on (seed, path, layer, place, step)."""
   if dtype == moment.dtype:
@@ -78,15 +90,15 @@ def encode(moment: ParamSpec, dtype: str, x: jax.Array, seed: int, step: jax.Arr
   up = (share - _value(low, top)) / (_value(low + 1, top) - _value(low, top))
   code = low + ((random >> 8).astype(jnp.float32) * 2.0**-24 < up)
   code = jnp.copysign(code, x).astype(jnp.int8) if _signed(moment) else jnp.maximum(code, share > 0).astype(jnp.uint8)
-  return [code.reshape(moment.shape), scale.squeeze(inner)]
+  return [leave(moment, code), scale.squeeze(inner)]
 
 
 def decode(moment: ParamSpec, dtype: str, arrays: list[jax.Array]) -> jax.Array:
   """The inverse of `encode`, in float32."""
   if dtype != "int8":
     return arrays[0].astype(moment.dtype)
-  blocks, inner = view(moment, dtype)
-  code = arrays[0].reshape(blocks.shape).astype(jnp.float32)
+  _, inner = view(moment, dtype)
+  code = enter(moment, dtype, arrays[0]).astype(jnp.float32)
   return jnp.copysign(_value(jnp.abs(code), _top(moment)) * jnp.expand_dims(arrays[1], inner), code)
 
 

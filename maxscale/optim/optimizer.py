@@ -52,14 +52,15 @@ class Optimizer:
   """`update` maps (gradients, state, parameters, step) to (new parameters, new state); all nested dicts.
 
   Attributes:
-    views: shapes in which parameters are updated (moments.view).
+    params: the parameters.
     leaves: of each leaf of Optax's state, its spec, its dtype between steps, and the specs of the arrays that hold it.
     treedef: of Optax's state.
   """
 
   transform: optax.GradientTransformation
   learning_rate: Schedule
-  views: dict[str, tuple[int, ...]]
+  params: dict[str, ParamSpec]
+  state_dtype: str
   leaves: list[tuple[ParamSpec, str, list[ParamSpec]]]
   treedef: Any
   seed: int
@@ -70,17 +71,17 @@ class Optimizer:
     return {spec.path: spec for _, _, stored in self.leaves for spec in stored}
 
   def init(self, params: Tree) -> Tree:
-    return self._store(self.transform.init(self._view(params)), jnp.int32(0))
+    return self._store(self.transform.init(self._enter(params)), jnp.int32(0))
 
   def update(self, grads: Tree, state: Tree, params: Tree, step: jax.Array) -> tuple[Tree, Tree]:
-    old = self._view(params)
-    updates, moments = self.transform.update(self._view(grads), self._load(state), old)
+    old = self._enter(params)
+    updates, new = self.transform.update(self._enter(grads), self._load(state), old)
     rate = self.learning_rate(step)
-    new = jax.tree.map(lambda p, u, like: (p - rate * u).astype(p.dtype).reshape(like.shape), old, updates, params)
-    return new, self._store(moments, step)
+    flat = flatten(jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), old, updates))
+    return nest({path: moments.leave(self.params[path], x) for path, x in flat.items()}), self._store(new, step)
 
-  def _view(self, params: Tree) -> Tree:
-    return nest({path: x.reshape(self.views[path]) for path, x in flatten(params).items()})
+  def _enter(self, params: Tree) -> Tree:
+    return nest({path: moments.enter(self.params[path], self.state_dtype, x) for path, x in flatten(params).items()})
 
   def _load(self, state: Tree) -> Any:
     flat = flatten(state)
@@ -105,15 +106,16 @@ def make(
   transform = optax.chain(
     _scaling(config, params, mesh, rules), optax.add_decayed_weights(o.weight_decay, mask=decayed)
   )
-  views = {path: moments.view(spec, o.state_dtype)[0].shape for path, spec in params.items()}
-  abstract = nest({path: jax.ShapeDtypeStruct(views[path], jnp.dtype(s.dtype)) for path, s in params.items()})
+  shapes = {path: moments.view(spec, o.state_dtype)[0].shape for path, spec in params.items()}
+  abstract = nest({path: jax.ShapeDtypeStruct(shapes[path], jnp.dtype(s.dtype)) for path, s in params.items()})
   state = jax.eval_shape(transform.init, abstract)
   leaves = []
   for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
     spec, low = _spec(keys, leaf, params)
     dtype = o.state_dtype if low else spec.dtype
     leaves.append((spec, dtype, moments.specs(spec, dtype, rules)))
-  return Optimizer(transform, schedule(o, config.run.steps), views, leaves, jax.tree.structure(state), config.run.seed)
+  rate = schedule(o, config.run.steps)
+  return Optimizer(transform, rate, params, o.state_dtype, leaves, jax.tree.structure(state), config.run.seed)
 
 
 def _scaling(

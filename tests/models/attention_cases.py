@@ -2,7 +2,7 @@
 
 `python -m tests.models.attention_cases <length> <heads> <kv heads> <method>...` compiles it for four v5p chips, which
 need not be here, and prints what the test looks at, as JSON; in a process of its own, because libtpu reads its
-environment once.
+environment once. Without arguments it compiles attention for heads of many sizes.
 """
 
 import collections
@@ -273,15 +273,43 @@ def overlapped(program):
   return out
 
 
+HEAD_SIZES = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
+
+
+def abstract(t, n, kv, h, hv, dtype=jnp.bfloat16):
+  """Shapes of q, k, v, segments and do."""
+  q, k, v, do = (jax.ShapeDtypeStruct((1, t, *size), dtype) for size in ((n, h), (kv, h), (kv, hv), (n, hv)))
+  return q, k, v, jax.ShapeDtypeStruct((1, t), jnp.int32), do
+
+
+def kernels(program):
+  return collections.Counter(re.findall(r"%splash_mha_([a-z]+)_\S* = .*custom-call\(", program))
+
+
+def head_sizes():
+  """Kernels of attention by all forms at once, for each head size, of one device, of a ring and by gathered keys."""
+  jax.config.update("jax_exec_time_optimization_effort", -1.0)  # quicker
+  devices = topologies.get_topology_desc("v5p:2x2x1", "tpu").devices
+  one, split, sinks = Layout(devices), Layout(devices, context=DEVICES), jax.ShapeDtypeStruct((4,), jnp.float32)
+  runs = [(one, *size, jnp.bfloat16, window) for size in HEAD_SIZES for window in (0, 600)]
+  runs += [(split, 192, 128, jnp.bfloat16, window) for window in (0, 600)] + [(one, 128, 128, jnp.float32, 0)]
+  out = {}
+  for layout, h, hv, dtype, window in runs:
+    f = layout.gradients(form=attention.Form(softcap=50.0, window=window))
+    program = f.lower(*abstract(4096 if layout is split else 2048, 4, 2, h, hv, dtype), sinks).compile().as_text()
+    out[f"{layout.parts} {h}/{hv} {dtype.__name__} window {window}"] = kernels(program)
+  print(json.dumps(out))
+
+
 def main(length, heads, kv_heads, *methods):
   layout = Layout(topologies.get_topology_desc("v5p:2x2x1", "tpu").devices, context=DEVICES)
-  q, k = (jax.ShapeDtypeStruct((1, int(length), int(n), 128), jnp.bfloat16) for n in (heads, kv_heads))
-  args, chunk, out = (q, k, k, jax.ShapeDtypeStruct(q.shape[:2], jnp.int32), q), int(length) // DEVICES // 2, {}
+  args, out = abstract(int(length), int(heads), int(kv_heads), 128, 128), {}
+  chunk = int(length) // DEVICES // 2
   for method in methods:
     program = layout.gradients(method, keep).lower(*args).compile().as_text()
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b\w+\[([\d,]+)\]", program)}
     out[method] = {
-      "kernels": collections.Counter(re.findall(r"%splash_mha_([a-z]+)_\S* = .*custom-call\(", program)),
+      "kernels": kernels(program),
       "sends": len(re.findall(r" collective-permute-start\(", program)),
       "overlapped": overlapped(program),
       "scattered": len(re.findall(r"^%all-reduce-scatter| reduce-scatter\(", program, re.M)),
@@ -291,4 +319,4 @@ def main(length, heads, kv_heads, *methods):
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  main(*sys.argv[1:]) if len(sys.argv) > 1 else head_sizes()

@@ -10,7 +10,8 @@ from typing import Any
 from maxscale.models.family import Family, FamilyError, nested
 
 NAMES = (
-  "llama",
+  "llama", "gpt2", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "deepseek_v2", "deepseek_v3",
+  "kimi", "gpt_oss",
 )  # fmt: skip
 
 
@@ -35,7 +36,8 @@ def for_architecture(hf: dict[str, Any]) -> Family:
     FamilyError: none reads it; names the family with the most similar keys, and the keys that differ.
   """
   named = hf.get("architectures") or ()
-  for family in map(get, NAMES):
+  # Families may share a class: the one whose model_type it is comes first.
+  for family in sorted(map(get, NAMES), key=lambda family: family.model_type != hf.get("model_type")):
     if set(named) & set(family.architectures) or (not named and hf.get("model_type") == family.model_type):
       return family
   what = " ".join(named) or hf.get("model_type") or "a model without a name"
