@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slow lint crash bitflips bench clean
+.PHONY: train test test-slow test-interop lint crash bitflips bench clean
 
 # The packages are what requirements.txt pins; the marker is newer than it once they are installed.
 .venv/installed: requirements.txt pyproject.toml
@@ -15,6 +15,10 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+.venv/installed-interop: .venv/installed-dev requirements-interop.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-interop.txt
+	touch $@
+
 train: .venv/installed
 	$(BIN)/python -m maxscale.train --config configs/tiny.py
 
@@ -23,6 +27,9 @@ test: .venv/installed-dev lint
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+test-interop: .venv/installed-interop
+	$(BIN)/python -m pytest tests/interop tests/models/test_parity.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -76,8 +76,10 @@ def shrink(config: Config) -> Config:
     "model.heads": heads, "model.kv_heads": kv, "model.kv_head_multiple": 4, "model.head_dim": 8,
     "model.mlp": 32 if experts else 64, "model.experts": experts, "model.expert_multiple": 8 if experts % 8 else 1,
     "model.max_positions": min(m.max_positions, LENGTH), "model.mtp": min(m.mtp, 1),
-    # a logit of the copy is small: what is left out of it must show
-    "model.attention_softcap": min(m.attention_softcap, 1.0), "model.logit_softcap": min(m.logit_softcap, 1.0),
+    # logits of the copy are small and its positions few: what is left out must show
+    "model.attention_softcap": min(m.attention_softcap, 0.5), "model.logit_softcap": min(m.logit_softcap, 1.0),
+    "model.rope_scaling": {key: min(value, LENGTH // 2) if key.startswith("original") else value
+                           for key, value in m.rope_scaling.items()},
     "model.mla": {"q_rank": min(m.mla.q_rank, 16), "kv_rank": min(m.mla.kv_rank, 16),
                   "nope_dim": 8, "rope_dim": 4, "v_dim": 6},
     "model.moe.shared": min(m.moe.shared, 16), "model.moe.dense_layers": dense,

@@ -396,7 +396,7 @@ def differences(old: Config, new: Config) -> list[tuple[str, str, Any, Any]]:
 
 
 def load(path: str, overrides: typing.Sequence[tuple[str, str]] = (), small: bool = False) -> Config:
-  """Reads a config file, applies `(dotted option, text)` overrides, checks, freezes.
+  """Reads a config file (Python, or the config.json of a run), applies `(dotted option, text)` overrides, checks, freezes.
 
   `small` applies `SMALL` before the overrides, and gives the run a directory of its own.
 
@@ -440,6 +440,15 @@ def _read_file(path: str) -> dict:
     near = difflib.get_close_matches(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [], 1)
     hint = f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
     raise ConfigError(f"there is no config file {path}{hint}")
+  if path.endswith(".json"):  # what a run saved, or a conversion wrote
+    try:
+      with open(path, encoding="utf-8") as f:
+        tree = json.load(f)
+    except ValueError as e:
+      raise ConfigError(f"{path} is not JSON: {e}") from e
+    if not isinstance(tree, dict):
+      raise ConfigError(f"{path} must hold groups of options, as the config.json that a run saves")
+    return tree
   spec = importlib.util.spec_from_file_location("maxscale_config_file", path)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)

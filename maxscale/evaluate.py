@@ -43,7 +43,6 @@ def evaluate(arguments: argparse.Namespace) -> str:
     ConfigError: an argument is wrong, or the text is not UTF-8, empty, or has tokens that the model does not know.
   """
   from maxscale import assemble, resume
-  from maxscale.checkpoint.restore import restore
   from maxscale.data.documents import read_text
   from maxscale.data.feed import place
   from maxscale.generate import on_this_machine, read_config
@@ -66,9 +65,7 @@ def evaluate(arguments: argparse.Namespace) -> str:
       f"{arguments.run}/config.json is not the model's"
     )
   program = assemble.build(config, vocab, sampling=True)
-  found = restore(arguments.run, resume.leaves(program, "params/"), arguments.step)
-  for bad in found.rejected:
-    print(f"the checkpoint of step {bad.step} is damaged and was not used: {bad.array}: {bad.reason}", file=sys.stderr)
+  found = resume.parameters(arguments.run, program, arguments.step)
   parts = program.rules.factor("batch", "compute")
   size = parts * max(1, min(TOKENS // length, -(-len(ids) // (length * parts))))
   program.check(size, length)

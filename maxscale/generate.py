@@ -46,14 +46,11 @@ def main(argv: list[str] | None = None) -> int:
 def generate(arguments: argparse.Namespace) -> str:
   """The prompt and its continuation; of ids, the continuation alone."""
   from maxscale import assemble, finish, resume
-  from maxscale.checkpoint.restore import restore
 
   config = on_this_machine(read_config(arguments.run))
   tokenizer, vocab = assemble.vocabulary(config)
   program = assemble.build(config, vocab, sampling=True)
-  found = restore(arguments.run, resume.leaves(program, "params/"), arguments.step)
-  for bad in found.rejected:
-    print(f"the checkpoint of step {bad.step} is damaged and was not used: {bad.array}: {bad.reason}", file=sys.stderr)
+  found = resume.parameters(arguments.run, program, arguments.step)
   params, rest = found.state["params"], (arguments.tokens, arguments.temperature, arguments.seed)
   if not arguments.ids:
     return finish.sample(program, tokenizer, params, arguments.prompt, *rest)

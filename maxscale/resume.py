@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from maxscale import config as config_lib
@@ -126,20 +128,30 @@ def restore_or_initialise(run: Any) -> tuple[Any, int]:
   return found.state, found.step
 
 
+def parameters(
+  run_dir: str, program: Any, step: int | None = None, wanted: Callable[[str], bool] = lambda path: True
+) -> Any:
+  """The parameters (`wanted` of a path) of the newest checkpoint that verifies, or of a step, whatever mesh wrote it."""
+  from maxscale.checkpoint.restore import restore
+
+  found = restore(run_dir, tuple(leaf for leaf in leaves(program, "params/") if wanted(leaf.path)), step)
+  for bad in found.rejected:
+    print(f"the checkpoint of step {bad.step} is damaged and was not used: {bad.array}: {bad.reason}", file=sys.stderr)
+  return found
+
+
 def _begin(run: Any) -> Any:
   """The state before the first step, from the parameters of another run's checkpoint where the config says so. What that
   does not have (adapters, whose base it holds) starts as in any run."""
   import jax
 
-  from maxscale.checkpoint.restore import restore
   from maxscale.goodput.telemetry import line
   from maxscale.models.module import ADAPTERS
 
   program, source, given = run.program, run.config.run.init_from, None
   if source:
     with run.log.state("restore"):
-      paths = {f"params/{path}" for path, s in program.skeleton.specs.items() if not path.endswith(ADAPTERS)}
-      found = restore(source, tuple(leaf for leaf in leaves(program, "params/") if leaf.path in paths))
+      found = parameters(source, program, wanted=lambda path: not path.endswith(ADAPTERS))
       given = found.state["params"]
       line(f"parameters from step {found.step} of {source}")
   with run.log.state("init"):

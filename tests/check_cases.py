@@ -1,5 +1,5 @@
-"""Cases of `maxscale.check` on 8 simulated devices (tests/multidevice.py runs them): planted faults, each in a process
-that is right without it, and what the command then says.
+"""Cases of `maxscale.check` on 8 simulated devices (tests/multidevice.py runs them): models that have between them every
+option, planted faults, each in a process that is right without it, and what the command then says.
 """
 
 import contextlib
@@ -17,6 +17,50 @@ from maxscale.models import attention, module, plain
 from maxscale.sharding import context, layouts, pipeline
 from maxscale.step import Program
 from tests.models import reference as ref
+
+
+DENSE = {"model.layers": 6, "model.embed": 64, "model.heads": 8, "model.kv_heads": 4, "model.head_dim": 16,
+         "model.mlp": 128, "loss.z_loss": 0.1, "data.length": 64}  # fmt: skip
+MOE = {**DENSE, "model.experts": 64, "model.experts_per_token": 3, "loss.balance_loss": 0.3, "loss.router_z_loss": 0.2}
+LATENT = {**MOE, "model.kv_heads": 0, "model.mla.kv_rank": 32, "model.moe.dense_layers": 2, "model.moe.groups": 8,
+          "model.moe.groups_per_token": 4}  # fmt: skip
+YARN = {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
+# The options of known models, exchanged so that each is in one of them.
+MODELS = {
+  "Gemma": {
+    **DENSE, "model.norm": "rms_plus_one", "model.post_norms": True, "model.activation": "gelu_tanh",
+    "model.windows": [512, 512, 0], "model.attention_softcap": 50.0, "model.logit_softcap": 30.0,
+    "model.qk_norm": True, "model.rope_local_theta": 100.0, "model.rope_scaling": {"type": "linear", "factor": 8.0},
+    "model.query_scale": 0.3, "model.tied_embeddings": True,
+  },
+  "GPT-2": {
+    **DENSE, "model.norm": "layer", "model.parallel_block": True, "model.gated": False, "model.activation": "gelu",
+    "model.mlp_bias": True, "model.qkv_bias": True, "model.out_bias": True, "model.max_positions": 512,
+    "model.embedding_scale": 1.0, "model.post_norms": True,
+  },
+  "gpt-oss": {
+    **MOE, "model.moe.router_bias": True, "model.mlp_bias": True, "model.qkv_bias": True, "model.out_bias": True,
+    "model.attention_sinks": True, "model.activation": "clamped_swiglu", "model.windows": [128, 0],
+    "model.rope_scaling": {**YARN, "truncate": False},
+  },
+  "DeepSeek-V3": {
+    **LATENT, "model.mla.q_rank": 64, "model.moe.score": "sigmoid", "model.moe.correction": True,
+    "model.moe.group_score": "top2", "model.moe.shared": 64, "model.moe.scale": 2.5, "model.moe.dense_mlp": 256,
+    "model.mtp": 2, "loss.mtp": 0.3, "model.rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+  },
+  "DeepSeek-V2": {
+    **LATENT, "model.moe.normalise": False, "model.moe.capacity": 1.0, "model.windows": [128],
+    "model.norm": "rms_plus_one", "model.attention_sinks": True, "model.attention_softcap": 20.0,
+    "model.out_bias": True,
+  },
+  "Llama 4": {
+    **MOE, "model.windows": [8192, 0], "model.window_kind": "chunked", "model.gated": False,
+    "model.activation": "relu2", "model.mlp_bias": True, "model.moe.shared": 64, "model.mtp": 1,
+    "model.norm": "layer", "model.qk_norm": True, "model.rope_local_theta": 50.0, "model.rope_scaling": {
+      "type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 8192},
+  },
+}  # fmt: skip
 
 
 @functools.cache
@@ -37,6 +81,45 @@ def caught(target, name, fault, family, mesh, smallest):
   assert layouts.name(result.layout) == smallest, check.report(result)
   assert not result.error, result.error  # it ran: what differs are its numbers
   return result
+
+
+# ---- options
+
+
+def equal(model, *meshes):
+  """A model on meshes, with few layers: the compiler's time is most of it."""
+  with mock.patch.object(check, "LAYERS", 2):
+    clean = check.Check(check.shrink(ref.config(MODELS[model])))
+  for mesh in meshes:
+    result = clean.compare(layouts.fitted(clean.config, layouts.parse(mesh)))
+    assert result.equal, check.report(result)
+
+
+def case_gemma():
+  equal("Gemma", "fsdp=2,tensor=2,pipeline=2", "context=4,tensor=2,sharding.context=ring")
+
+
+def case_gpt2():
+  equal("GPT-2", "context=2,tensor=2,pipeline=2", "fsdp=2,context=2,sharding.context=gather")
+
+
+def case_gpt_oss():
+  equal("gpt-oss", "expert=2,tensor=2,pipeline=2", "fsdp=2,context=2,sharding.context=ulysses")
+
+
+def case_deepseek_v3():
+  equal("DeepSeek-V3", "fsdp=2,expert=2,context=2", "fsdp=2,tensor=2,pipeline=2")
+
+
+def case_deepseek_v2():
+  equal("DeepSeek-V2", "fsdp=2,expert=2,tensor=2")
+
+
+def case_llama4():
+  equal("Llama 4", "expert=2,context=2,tensor=2")
+
+
+# ---- faults
 
 
 def case_the_output_of_a_block_is_not_summed():

@@ -62,7 +62,10 @@ class Writer:
     leaf = self._leaves[path]
     lead = ((row, row + 1),) if leaf.layer_dims else ()
     piece = arrays.Piece(leaf, lead + where, data.reshape([b - a for a, b in lead + where]))
-    asyncio.run(arrays.write_file(self._stores[path], piece))
+    try:
+      asyncio.run(arrays.write_file(self._stores[path], piece))
+    except (ValueError, OSError) as e:  # what TensorStore raises
+      raise CheckpointError(f"{path} cannot be written in {self._run_dir}: {str(e)[:500]}") from e
     words = host_words(data, where, leaf.layer_shape)
     with self._lock:
       self._words[path][row] += words

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ from maxscale.models.family import Family
 from maxscale.models.module import ADAPTERS, ParamSpec
 
 TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as config.json calls them
-ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq")
+ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq"}
 
 
 def to_hf(run_dir: str, out: str, step: int | None = None, dtype: str = "", family_name: str = "") -> work.Report:
@@ -51,7 +52,8 @@ def to_hf(run_dir: str, out: str, step: int | None = None, dtype: str = "", fami
     _check(reader, specs, tensors, own)
     original = _original(run_dir, config, own)
     about = _about(own, config, original, dtype)
-    names = {**tensors.holders, **{n: t for n, t in tensors.copies.items() if n in original.get("copies", ())}}
+    copies = {name: tensor for name, tensor in tensors.copies.items() if name in original.get("copies", ())}
+    names = dict(sorted({**tensors.holders, **copies}.items(), key=lambda item: _by_number(item[0])))
     dtypes = original.get("dtypes", {}) if not dtype else {}
     main = dtype or original.get("dtype", "BF16")
     stored = safetensors.create_folder(writing, ((n, DTYPES[dtypes.get(n, main)], t.shape) for n, t in names.items()))
@@ -99,6 +101,11 @@ def _check(reader: host.Reader, specs: Mapping[str, ParamSpec], tensors: Tensors
     )
 
 
+def _by_number(name: str) -> list[Any]:
+  """Sorts layer 10 behind layer 9, so that a layer is in one shard."""
+  return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name)]
+
+
 # ---- what the original said
 
 
@@ -108,9 +115,8 @@ def _original(run_dir: str, config: Config, own: Family) -> dict[str, Any]:
     file = storage.path(folder) / importing.ORIGINAL
     if folder and file.exists():
       original = json.loads(file.read_text())
-      about = original["config"] or {}
-      same = set(about.get("architectures") or ()) & set(own.architectures) or about.get("model_type") == own.model_type
-      return original if same or not about else {}
+      about = original["config"]
+      return original if not about or families.for_architecture(about) is own else {}
   return {}
 
 
@@ -120,10 +126,12 @@ def _about(own: Family, config: Config, original: dict[str, Any], dtype: str) ->
   main = TORCH[dtype or original.get("dtype", "BF16")]
   if not before:
     return dict(own.extra) | _sizes(config, own) | {"dtype": main} | entries
-  about = dict(before)
   model = config_lib.from_json(json.dumps({"model": family.nested(own.options_of(before))})).model
-  if own.json_of(model) != entries:
-    about = {k: v for k, v in about.items() if k not in ROPE} | entries
+  meant = own.json_of(model)
+  changed = {key: value for key, value in entries.items() if meant.get(key) != value}
+  # A change is written under one name, whatever others the original has for it.
+  gone = changed.keys() | (ROPE if "rope_parameters" in changed else set())
+  about = {k: v for k, v in before.items() if own.aliases.get(k, k) not in gone} | changed
   if dtype:
     about["torch_dtype" if "torch_dtype" in about else "dtype"] = main
   return about

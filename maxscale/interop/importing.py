@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -16,7 +17,7 @@ import numpy as np
 from maxscale import config as config_lib
 from maxscale import storage
 from maxscale.checkpoint import commit, host
-from maxscale.config import Config
+from maxscale.config import Config, Data
 from maxscale.interop import InteropError, links, work
 from maxscale.interop.links import Tensor, Tensors
 from maxscale.interop.quantised import BF16
@@ -47,9 +48,7 @@ def from_hf(folder: str, out: str, preset: str = "") -> work.Report:
   meter = work.Meter()
   with work.new_folder(out) as writing:
     source = Source(folder)
-    config = _config(source, out, preset)
-    specs = parameters(config)
-    tensors = links.tensors(families.get(config.model.family), specs, config.model)
+    config, specs, tensors = _model(source, _config(source, out, preset))
     check(source, config, tensors)
     read, written = _write(source, config, specs, tensors, writing, meter)
   return meter.report(read, written)
@@ -65,9 +64,22 @@ def _config(source: Source, out: str, preset: str) -> Config:
     "model": family.nested(options),
     "data": {"tokenizer": os.path.join(out, tokenizer) if tokenizer else "bytes"},
   }
+  if options.get("max_positions"):
+    tree["data"]["length"] = min(Data().length, options["max_positions"])
   config = config_lib.from_json(json.dumps(tree))
   config_lib.check(config)
   return config
+
+
+def _model(source: Source, config: Config) -> tuple[Config, dict[str, ParamSpec], Tensors]:
+  """The config, its parameters and their tensors. Modules that predict further tokens are left out where the checkpoint
+  has nothing of them: transformers drops their tensors, and goes on counting them in config.json."""
+  specs = parameters(config)
+  tensors = links.tensors(families.get(config.model.family), specs, config.model)
+  further = [n for n, tensor in tensors.holders.items() if tensor.parts[0].path.startswith("mtp/")]
+  if further and not any(name in source.tensors for name in further):
+    return _model(source, dataclasses.replace(config, model=dataclasses.replace(config.model, mtp=0)))
+  return config, specs, tensors
 
 
 def parameters(config: Config) -> dict[str, ParamSpec]:
@@ -201,7 +213,8 @@ def to_float32(x: np.ndarray) -> np.ndarray:
 
 def _original(source: Source, tensors: Tensors) -> dict[str, Any]:
   """What writing back needs: the config.json, the dtype of most tensors, those that differ, and copies that were there."""
-  dtypes = {name: NAMES[e.dtype] for name, e in source.tensors.items() if e.dtype in FLOATS}
+  kept = (tensors.holders.keys() | tensors.copies.keys()) & source.tensors.keys()
+  dtypes = {name: NAMES[source.tensors[name].dtype] for name in sorted(kept)}
   main = Counter(dtypes.values()).most_common(1)[0][0]
   config = {k: v for k, v in (source.config or {}).items() if k != "quantization_config"}
   return {

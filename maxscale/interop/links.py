@@ -76,15 +76,20 @@ class Tensor:
     return array.transpose([letters.index(c) for c in ours])
 
   def index(self, part: int, where: Region) -> tuple:
-    """What of the view of a part a region of ours is: pairs that lie side by side there are halves apart here."""
+    """What of the view of a part a region of ours is, where the order of elements along a dimension differs, too."""
     out: list = list(slices(where))
-    if self.link.rotary:
-      axis = self.link.dims[1].index(self.link.rotary)
-      n = self.parts[part].shape[axis]
-      pairs = np.arange(n - (self.pairs or n), n)
-      order = np.concatenate([np.arange(n - len(pairs)), pairs[0::2], pairs[1::2]])
-      out[axis] = order[out[axis]]
+    for letter in (self.link.rotary, self.link.swapped):
+      if letter:
+        axis = self.link.dims[1].index(letter)
+        out[axis] = self._order(self.parts[part].shape[axis])[out[axis]]
     return tuple(out)
+
+  def _order(self, n: int) -> np.ndarray:
+    """Where each of our n elements is in theirs."""
+    if self.link.swapped:
+      return np.roll(np.arange(n), n // 2)
+    pairs = np.arange(n - (self.pairs or n), n)  # side by side there, halves apart here
+    return np.concatenate([np.arange(n - len(pairs)), pairs[0::2], pairs[1::2]])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -190,4 +190,6 @@ def _create(file: str, tensors: list[tuple[str, np.dtype, tuple[int, ...]]]) -> 
   with open(file, "wb") as f:
     f.write(len(text).to_bytes(8, "little") + text)
     f.truncate(8 + len(text) + end)
+    if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash where a mapped page is written
+      os.posix_fallocate(f.fileno(), 0, 8 + len(text) + end)
   return read_header(file)

@@ -121,8 +121,8 @@ def new_folder(path: str) -> Iterator[str]:
   Raises:
     InteropError: `path` holds something already, or cannot be written.
   """
-  if storage.listdir(path):
-    raise InteropError(f"{path} is not empty; name a new folder, or remove it")
+  if storage.path(path).is_file() or storage.listdir(path):
+    raise InteropError(f"{path} is there already; name a new folder, or remove it")
   remote = "://" in path  # stores of objects have no rename; there the marker of a checkpoint comes last
   whole = os.path.abspath(os.path.expanduser(path))
   writing = path if remote else os.path.join(os.path.dirname(whole), f".{os.path.basename(whole)}.partial")

@@ -37,6 +37,7 @@ class Link:
       parameters' own. Where `j` comes first in its parentheses, the parts may differ in size.
     rotary: letter of a dimension that ends in rotary pairs which lie side by side in theirs and halves apart in ours;
       `mla.rope_dim` of its elements, or all without latent attention.
+    swapped: letter of a dimension whose two halves are the other way round in theirs.
     copy: theirs repeats a parameter that another tensor holds, or may (a tied output head). It is compared when it is
       read, and written where the original had it. Used for a tensor that no other link fits.
   """
@@ -45,6 +46,7 @@ class Link:
   ours: str | tuple[str, ...]
   form: str
   rotary: str = ""
+  swapped: str = ""
   copy: bool = False
 
   @property
@@ -412,7 +414,8 @@ LATENT = EMBEDDINGS + NORMS + LATENT_ATTENTION + MLP + EXPERTS + SHARED_EXPERTS
 FURTHER = (
   Link("model.layers.{layer}.enorm.weight", "mtp/embedding_norm/scale", "d -> d"),
   Link("model.layers.{layer}.hnorm.weight", "mtp/hidden_norm/scale", "d -> d"),
-  Link("model.layers.{layer}.eh_proj.weight", "mtp/projection", "ed -> de"),
+  # The embedding comes first there, as vLLM and SGLang compute it; the paper and we have the hidden state first.
+  Link("model.layers.{layer}.eh_proj.weight", "mtp/projection", "ed -> de", swapped="d"),
   Link("model.layers.{layer}.shared_head.norm.weight", "mtp/final_norm/scale", "d -> d"),
   Link("model.layers.{layer}.embed_tokens.weight", "embedding", "vd -> vd", copy=True),
   Link("model.layers.{layer}.shared_head.head.weight", "head", "vd -> vd", copy=True),

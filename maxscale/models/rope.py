@@ -43,10 +43,13 @@ def check(scaling: dict) -> None:
   missing = [key for key in needed if key not in scaling]
   if missing:
     raise ConfigError(f"{path} of type {kind} has no {missing[0]}; it needs {', '.join(needed)}")
-  for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-    a, b = scaling.get(low, 0), scaling.get(high, math.inf)
-    if a > b or (a == b and kind == "llama3"):  # which divides by their difference; some models' yarn has equal ones
-      raise ConfigError(f"{path}.{low}={scaling[low]} must be below {high}={scaling[high]}")
+  if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+    raise ConfigError(
+      f"{path}.low_freq_factor={scaling['low_freq_factor']} must be below high_freq_factor={scaling['high_freq_factor']}"
+    )
+  fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
+  if kind == "yarn" and slow > fast:
+    raise ConfigError(f"{path}.beta_slow={slow} must not be above beta_fast={fast}")
 
 
 def _hint(key: str, known: Iterable[str]) -> str:

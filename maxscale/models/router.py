@@ -60,7 +60,10 @@ def choose(moe: Moe, chosen: int, experts: int, logits: jax.Array, correction: j
 def _best_groups(moe: Moe, ranked: jax.Array) -> tuple[jax.Array, jax.Array]:
   """[..., E] with -inf outside a token's best groups, and the gap between the last of these and the next."""
   groups = ranked.reshape(*ranked.shape[:-1], moe.groups, -1)
-  score = jnp.max(groups, -1) if moe.group_score == "max" else jnp.sum(jax.lax.top_k(groups, 2)[0], -1)
+  score = jnp.max(groups, -1)
+  if moe.group_score == "top2":  # not by `top_k`, which a TPU makes a padded sort of
+    first = jnp.arange(groups.shape[-1]) == jnp.argmax(groups, -1, keepdims=True)
+    score += jnp.max(jnp.where(first, -jnp.inf, groups), -1)
   best, ids = jax.lax.top_k(score, moe.groups_per_token + 1)
   inside = jnp.any(ids[..., :-1, None] == jnp.arange(moe.groups), -2)
   return jnp.where(inside[..., None], groups, -jnp.inf).reshape(ranked.shape), best[..., -2] - best[..., -1]

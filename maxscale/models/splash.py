@@ -68,9 +68,9 @@ def kernel(mask: masks.Mask, softcap: float, window: int, chunk: int, backend: s
     softcap, window: as in maxscale.models.attention.Form.
     q, v: arrays of the shapes and dtypes that it is for.
   """
-  # Blocks of 1024 fit in the 16 MiB of VMEM that a kernel has up to this head size in bfloat16. Nor should they be far
-  # wider than a window, as all of a block that has one visible key is computed.
-  small = max(q.shape[-1], v.shape[-1]) > 128 or q.dtype.itemsize > 2 or 0 < window <= 512
+  # Blocks of 1024 fit in the 16 MiB of VMEM that a kernel has up to this head size, in bfloat16 and without a softcap.
+  # Nor should they be far wider than a window, as all of a block that has one visible key is computed.
+  small = max(q.shape[-1], v.shape[-1]) > 128 or q.dtype.itemsize > 2 or softcap or 0 < window <= 512
   sizes = (512, 256, 128) if small else (1024, 512, 256, 128)
   block_q, block_kv = (next(b for b in sizes if n % b == 0) for n in (chunk, mask.shape[1]))
   # The fused backward kernel recomputes the logits once instead of twice, but writes dq once for each block of keys,

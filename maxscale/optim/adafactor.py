@@ -11,7 +11,7 @@ import optax
 from maxscale.models.module import ParamSpec, Tree, flatten, nest
 from maxscale.optim.matrices import dimensions, size
 
-TINY = 1e-30  # keeps the roots of a zero gradient finite
+TINY = 1e-30  # keeps the roots of zeros finite
 CLIP = 1.0  # largest root mean square of a matrix's update
 
 
@@ -55,15 +55,15 @@ def scale_by_factored_rms(specs: dict[str, ParamSpec], b2: float) -> optax.Gradi
     out = {}
     for path, gradient in flatten(updates).items():
       d, g = parts[path], gradient.reshape(specs[path].shape)
-      square = g * g + TINY
+      square, root = g * g, lambda x: jax.lax.rsqrt(jnp.maximum(x, TINY))
       if d.is_matrix:
         row = decay * jnp.expand_dims(rows[path], d.outputs) + (1 - decay) * mean(path, square, d.outputs)
         column = decay * jnp.expand_dims(columns[path], d.inputs) + (1 - decay) * mean(path, square, d.inputs)
         rows[path], columns[path] = row.squeeze(d.outputs), column.squeeze(d.inputs)
-        u = g * jax.lax.rsqrt(row / mean(path, row, d.inputs)) * jax.lax.rsqrt(column)
+        u = g * root(row / jnp.maximum(mean(path, row, d.inputs), TINY)) * root(column)
       else:
         whole[path] = decay * whole[path] + (1 - decay) * square
-        u = g * jax.lax.rsqrt(whole[path])
+        u = g * root(whole[path])
       u /= jnp.maximum(1, jnp.sqrt(mean(path, u * u, d.inputs + d.outputs)) / CLIP)
       out[path] = u.reshape(gradient.shape)
     return nest(out), FactoredState(count, nest(rows), nest(columns), nest(whole))

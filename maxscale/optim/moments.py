@@ -4,26 +4,28 @@ Both kinds are rounded at random, up or down with the probabilities that make th
 b2 * v + (1 - b2) * g**2 moves by less than half of a step of bfloat16 or of 8 bits: rounded to the nearest it would not
 move at all (Zamirai et al., arXiv 2010.06192; Xu et al., arXiv 2505.00347).
 
-int8: blocks of the last dimension (Dettmers et al., arXiv 2110.02861) have a float32 scale, the largest absolute value,
-and codes on a logarithmic scale of 8 steps to a factor of two (Xu et al.): code c is scale * 2**((c - top) / 8). First
-moments have a sign and 127 codes; second moments have 255, and none that is not zero becomes zero, by which an update
-would be divided (Li et al., arXiv 2309.01507): what is below the last code becomes that code.
+int8: blocks have a float32 scale, their largest absolute value (Dettmers et al., arXiv 2110.02861). The share that a
+value is of it becomes a small float, 3 bits of mantissa behind 4 bits of exponent for first moments, which have a sign,
+and 5 for second moments: relative steps of 1/8 to 1/16 (a logarithmic code, which Xu et al. find right for moments). An
+offset, the smallest of these floats, makes zero one of them. A second moment that is not zero never becomes zero, which
+would divide an update (Li et al., arXiv 2309.01507).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 
 import jax
 import jax.numpy as jnp
 
-from maxscale.models.module import ParamSpec, path_key
+from maxscale.models.module import ParamSpec
 from maxscale.optim.matrices import dimensions
 from maxscale.sharding.rules import Rules
 
 BLOCK = 128
-STEPS = 8  # codes to a factor of two
+ONE = 0x3F8  # the upper 12 bits of 1.0 as a float32
 
 
 def view(spec: ParamSpec, dtype: str) -> tuple[ParamSpec, int]:
@@ -83,13 +85,13 @@ def encode(moment: ParamSpec, dtype: str, x: jax.Array, seed: int, step: jax.Arr
   if dtype == "bfloat16":
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (random >> 16)
     return [jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)]
-  top, absolute = _top(moment), jnp.abs(x)
+  absolute, first = jnp.abs(x), _first(moment)
   scale = absolute.max(inner, keepdims=True)
-  share = absolute / jnp.where(scale > 0, scale, 1)
-  low = jnp.clip(jnp.floor(top + STEPS * jnp.log2(share)), 0, top - 1)
-  up = (share - _value(low, top)) / (_value(low + 1, top) - _value(low, top))
-  code = low + ((random >> 8).astype(jnp.float32) * 2.0**-24 < up)
-  code = jnp.copysign(code, x).astype(jnp.int8) if _signed(moment) else jnp.maximum(code, share > 0).astype(jnp.uint8)
+  share = absolute / jnp.where(scale > 0, scale, 1) + _float(first)
+  code = (jax.lax.bitcast_convert_type(share, jnp.uint32) + (random >> 12) >> 20).astype(jnp.int32) - first
+  code = jnp.minimum(code, ONE - first)
+  code = jnp.where(x < 0, -code, code) if _signed(moment) else jnp.maximum(code, x > 0)
+  code = code.astype("int8" if _signed(moment) else "uint8")
   return [leave(moment, code), scale.squeeze(inner)]
 
 
@@ -97,34 +99,41 @@ def decode(moment: ParamSpec, dtype: str, arrays: list[jax.Array]) -> jax.Array:
   """The inverse of `encode`, in float32."""
   if dtype != "int8":
     return arrays[0].astype(moment.dtype)
-  _, inner = view(moment, dtype)
-  code = enter(moment, dtype, arrays[0]).astype(jnp.float32)
-  return jnp.copysign(_value(jnp.abs(code), _top(moment)) * jnp.expand_dims(arrays[1], inner), code)
+  code, first = enter(moment, dtype, arrays[0]).astype(jnp.int32), _first(moment)
+  share = _float(jnp.abs(code) + first) - _float(first)
+  return jnp.sign(code) * share * jnp.expand_dims(arrays[1], view(moment, dtype)[1])
 
 
 def _signed(moment: ParamSpec) -> bool:
   return not moment.path.startswith("nu/")
 
 
-def _top(moment: ParamSpec) -> int:
-  return 127 if _signed(moment) else 255
+def _first(moment: ParamSpec) -> int:
+  """The upper 12 bits of the float32 that code 0 is."""
+  return ONE - (127 if _signed(moment) else 255)
 
 
-def _value(code: jax.Array, top: int) -> jax.Array:
-  """What a code is of its scale."""
-  return jnp.where(code > 0, jnp.exp2((code - top) / STEPS), 0)
+def _float(upper: jax.Array | int) -> jax.Array:
+  """The float32 with these upper 12 bits (sign, exponent and 3 bits of the mantissa), the others zero."""
+  return jax.lax.bitcast_convert_type(jnp.int32(upper) << 20, jnp.float32)
 
 
 def _random(moment: ParamSpec, seed: int, step: jax.Array) -> jax.Array:
-  """uint32 of the moment's shape: the same for an element whatever the stacking, sharding and padding."""
-  key = jax.random.fold_in(path_key(seed, moment.path), step)
-  lead = int(bool(moment.rows))
-  salt = jax.vmap(lambda layer: jax.random.bits(jax.random.fold_in(key, layer)))(jnp.asarray(moment.rows or (0,)))
-  place = salt.reshape(-1, *[1] * (len(moment.shape) - lead)) if lead else salt.reshape([1] * len(moment.shape))
-  for dim in range(lead, len(moment.shape)):
+  """uint32 of the moment's shape: the same for an element whatever the stacking, sharding and padding.
+
+  Hashes of hashes: far cheaper than JAX's generator, and one operation with the rest of the update.
+  """
+  lead, shape = int(bool(moment.rows)), moment.shape
+  word = _mix(jnp.uint32(zlib.crc32(f"{seed}/{moment.path}".encode())) + step.astype(jnp.uint32))
+  place = _mix(word + jnp.asarray(moment.rows or (0,), jnp.uint32)).reshape(-1, *[1] * (len(shape) - 1))
+  for dim in range(lead, len(shape)):
     stride = math.prod(moment.logical[dim + 1 :]) * 0x9E3779B1 % 2**32
-    place += jax.lax.broadcasted_iota(jnp.uint32, moment.shape, dim) * jnp.uint32(stride)
-  # MurmurHash3's finaliser: a far cheaper generator than JAX's, and one operation with the rest of the update
-  place = (place ^ (place >> 16)) * jnp.uint32(0x85EBCA6B)
-  place = (place ^ (place >> 13)) * jnp.uint32(0xC2B2AE35)
-  return place ^ (place >> 16)
+    place += jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(stride)
+  return _mix(place)
+
+
+def _mix(word: jax.Array) -> jax.Array:
+  """MurmurHash3's finaliser of uint32, in which every bit depends on every other."""
+  word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
+  word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+  return word ^ (word >> 16)

@@ -2,7 +2,7 @@
 
 `python -m tests.models.attention_cases <length> <heads> <kv heads> <method>...` compiles it for four v5p chips, which
 need not be here, and prints what the test looks at, as JSON; in a process of its own, because libtpu reads its
-environment once. Without arguments it compiles attention for heads of many sizes.
+environment once. With `head_sizes [every]` it compiles for heads of several sizes.
 """
 
 import collections
@@ -286,18 +286,22 @@ def kernels(program):
   return collections.Counter(re.findall(r"%splash_mha_([a-z]+)_\S* = .*custom-call\(", program))
 
 
-def head_sizes():
-  """Kernels of attention by all forms at once, for each head size, of one device, of a ring and by gathered keys."""
+def head_sizes(every):
+  """Kernels of attention for heads of some sizes, or of all sizes in all forms."""
   jax.config.update("jax_exec_time_optimization_effort", -1.0)  # quicker
   devices = topologies.get_topology_desc("v5p:2x2x1", "tpu").devices
   one, split, sinks = Layout(devices), Layout(devices, context=DEVICES), jax.ShapeDtypeStruct((4,), jnp.float32)
-  runs = [(one, *size, jnp.bfloat16, window) for size in HEAD_SIZES for window in (0, 600)]
-  runs += [(split, 192, 128, jnp.bfloat16, window) for window in (0, 600)] + [(one, 128, 128, jnp.float32, 0)]
-  out = {}
-  for layout, h, hv, dtype, window in runs:
-    f = layout.gradients(form=attention.Form(softcap=50.0, window=window))
+  window, both, half = attention.Form(window=600), attention.Form(softcap=50.0, window=600), jnp.bfloat16
+  runs = [(one, 64, 64, half, window), (one, 192, 128, half, PLAIN), (one, 256, 256, half, both)]
+  if every:
+    runs = [(one, *size, half, form) for size in HEAD_SIZES for form in (PLAIN, window, both)]
+    runs += [(one, 128, 128, dtype, attention.Form(softcap=50.0)) for dtype in (half, jnp.float32)]
+    runs += [(split, 192, 128, half, form) for form in (attention.Form(softcap=50.0), both)]
+  out = []
+  for layout, h, hv, dtype, form in runs:
+    f = layout.gradients(form=form)
     program = f.lower(*abstract(4096 if layout is split else 2048, 4, 2, h, hv, dtype), sinks).compile().as_text()
-    out[f"{layout.parts} {h}/{hv} {dtype.__name__} window {window}"] = kernels(program)
+    out.append([f"{layout.parts} {h}/{hv} {dtype.__name__} {form}", kernels(program)])
   print(json.dumps(out))
 
 
@@ -319,4 +323,7 @@ def main(length, heads, kv_heads, *methods):
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:]) if len(sys.argv) > 1 else head_sizes()
+  if sys.argv[1] == "head_sizes":
+    head_sizes("every" in sys.argv)
+  else:
+    main(*sys.argv[1:])

@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from maxscale.config import ConfigError
-from maxscale.models import attention
+from maxscale.models import attention, splash
+from maxscale.perf import flops
 from maxscale.sharding import sequence
 from tests import multidevice
+from tests.models import attention_cases as cases
 from tests.models import reference as ref
 
 MODULE = "tests.models.attention_cases"
@@ -42,6 +45,14 @@ def gradients(f, *args):
 
 def inputs(b, t, s, n, k, h):
   return normal(b, t, n, h), normal(b, s, k, h, seed=1), normal(b, s, k, h, seed=2)
+
+
+def equations(jaxpr):
+  """Of a jaxpr, at any depth."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in core.jaxprs_in_params(equation.params):
+      yield from equations(inner)
 
 
 def compare(actual, expected):
@@ -73,7 +84,7 @@ def test_attention_with_an_offset_is_the_end_of_the_whole():
   ones = np.ones((1, 9), np.int32)
   whole = attention.attention(q, k, v, ones, ones)
   for offset in (0, 3, 8):
-    part = attention.attention(q[:, offset : offset + 1], k, v, ones[:, :1], ones, offset)
+    part = attention.attention(q[:, offset : offset + 1], k, v, ones[:, :1], ones, offset=offset)
     ref.assert_close(part[:, 0], whole[:, offset], 1e-6, f"offset {offset}")
 
 
@@ -87,10 +98,82 @@ def test_attention_in_causal_blocks_is_attention_whole(monkeypatch):
   compare(actual, f()(q, k, v))
 
 
+FORMS = {
+  "softcap": (attention.Form(softcap=1.5), False),
+  "window": (attention.Form(window=20), False),
+  "sinks": (attention.Form(), True),
+  "all": (attention.Form(0.7, 2.0, 150), True),
+}
+
+
+def example(length, heads=4, kv_heads=2, h=12, hv=8, dtype=jnp.float32):
+  """q, k, v, segments, do and sinks; a document is longer than the windows, one row ends with padding."""
+  args = cases.inputs(2, length, heads, kv_heads, h, dtype, hv)
+  return args, cases.sinks_for(heads)
+
+
+def compare_with_the_definition(args, sinks, form, tolerance=1e-5, **options):
+  q, k, v, segments, do = args
+
+  @jax.jit
+  def actual(q, k, v, do, sinks):
+    f = lambda q, k, v, sinks: attention.attention(q, k, v, segments, segments, sinks, form, **options)  # noqa: E731
+    out, pull = jax.vjp(f, q, k, v, sinks)
+    return out, *pull(do)
+
+  wide = [x.astype(jnp.float32) for x in (q, k, v)]
+  expected = jax.jit(functools.partial(cases.dense, form=form))(*wide, segments, do.astype(jnp.float32), sinks)
+  for a, b, what in zip(actual(q, k, v, do, sinks), expected, ("o", "dq", "dk", "dv", "dsinks")):
+    assert (a is None) == (b is None)
+    if a is not None:
+      assert a.dtype == (jnp.float32 if what == "dsinks" else q.dtype)
+      ref.assert_close(a, b, tolerance, what)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("backend", ["xla", "interpret"])
+def test_every_form_of_attention_and_its_gradients(backend, name):
+  form, with_sinks = FORMS[name]
+  args, sinks = example(512 if backend == "xla" else 384)  # 16 blocks, or three of 128
+  compare_with_the_definition(args, sinks if with_sinks else None, form, backend=backend)
+
+
+@pytest.mark.parametrize("window", [1, 39, 40, 48])
+def test_windows_of_one_key_and_of_a_sequence(window):
+  compare_with_the_definition(*example(40), attention.Form(window=window))
+
+
+@pytest.mark.parametrize("backend", ["xla", "interpret"])
+def test_every_form_in_bfloat16(backend):
+  args, sinks = example(256, dtype=jnp.bfloat16)
+  compare_with_the_definition(args, sinks, FORMS["all"][0], 2e-2, backend=backend)
+
+
+def test_a_sink_far_above_or_below_all_logits():
+  args, _ = example(48)
+  compare_with_the_definition(args, jnp.array([-1e30, -80.0, 0.0, 30.0]), attention.Form())
+  q, k, v, segments, _ = args
+  out = attention.attention(q, k, v, segments, segments, jnp.full(4, 1e4))
+  assert not np.asarray(out).any()
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("name", ["softcap", "all"])
+def test_a_form_with_an_offset_is_the_end_of_the_whole(name, traced):
+  form, with_sinks = FORMS[name]
+  (q, k, v, _, _), sinks = example(160)
+  sinks, ones = sinks if with_sinks else None, np.ones((2, 160), np.int32)
+  whole = attention.attention(q, k, v, ones, ones, sinks, form)
+  part = lambda q, offset: attention.attention(q, k, v, ones[:, : q.shape[1]], ones, sinks, form, offset)  # noqa: E731
+  for offset, length in ((0, 1), (156, 3), (32, 128)):
+    actual = jax.jit(part, static_argnums=() if traced else 1)(q[:, offset : offset + length], offset)
+    ref.assert_close(actual, whole[:, offset : offset + length], 1e-6, f"offset {offset}")
+
+
 # one block, three of 128, one; and with a backward kernel for each of dq and dkv
 @pytest.mark.parametrize("kv_heads, length, fused", [(1, 256, 8), (2, 384, 8), (4, 256, 8), (2, 384, 0)])
 def test_the_kernel_of_a_tpu_is_plain_attention(monkeypatch, kv_heads, length, fused):
-  monkeypatch.setattr(attention, "FUSED_BLOCKS", fused)
+  monkeypatch.setattr(splash, "FUSED_BLOCKS", fused)
   q, k, v = inputs(2, length, length, 4, kv_heads, 16)
   segments = np.ones((2, length), np.int32)
   segments[0, 100:230], segments[0, 230:] = 2, 0
@@ -102,15 +185,84 @@ def test_the_kernel_of_a_tpu_is_plain_attention(monkeypatch, kv_heads, length, f
   compare(actual, expected)
 
 
-def test_the_mask_of_a_kernel_has_blocks_of_one_element():
+@pytest.mark.parametrize("window", [0, 1, 130, 400])
+def test_the_mask_of_a_kernel_has_blocks_of_one_element(window):
   """Which is all that the kernel takes from them, and makes the mask of a long sequence quickly."""
   order = sequence.order(1024, 4, balanced=True)
-  mask, blocks = attention.CausalMask(order), [slice(i, i + 128) for i in range(0, 1024, 128)]
+  mask, blocks = splash.CausalMask(order, window), [slice(i, i + 128) for i in range(0, 1024, 128)]
+  distance, whole = order[:, None] - np.arange(1024), 0
+  every = (distance >= 0) & (distance < (window or 1024))
   for rows in blocks:
     for columns in blocks:
-      block, whole = mask[rows, columns], order[rows, None] >= np.arange(1024)[columns]
-      assert (block.any(), block.all()) == (whole.any(), whole.all())
-      assert block.size == 1 or np.array_equal(block, whole)
+      block, expected = mask[rows, columns], every[rows, columns]
+      assert (block.any(), block.all()) == (expected.any(), expected.all())
+      assert block.size == 1 or np.array_equal(block, expected)
+      whole += block.size == 1
+  assert whole >= 64 - 8 * (1 + 2 * (window > 0))
+
+
+# ---- the work that a window saves
+
+
+@pytest.mark.parametrize("window, share", [(512, 1 / 3), (64, 1 / 8)])
+def test_a_window_saves_the_products_of_xla(window, share):
+  q, k, v = (jax.ShapeDtypeStruct((1, 2048, 2, 16), jnp.float32) for _ in range(3))
+  segments = jnp.ones((1, 2048), jnp.int32)
+
+  def count(form):
+    f = lambda *a: attention.attention(*a, segments, segments, form=form, backend="xla").sum()  # noqa: E731
+    return flops.jaxpr_flops(jax.make_jaxpr(jax.grad(f, (0, 1, 2)))(q, k, v))
+
+  full = 7 * 2 * 2 * 2048**2 * 16  # seven products of two heads
+  assert count(attention.Form()) == full * 5 / 8
+  assert count(attention.Form(window=window)) < share * full
+  assert count(attention.Form(window=4096)) == count(attention.Form())
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("window", [512, 2048])
+def test_a_window_saves_the_blocks_of_a_kernel(window, parts):
+  length, shapes = 16384, jax.ShapeDtypeStruct((1, 2, 16384, 128), jnp.bfloat16)
+  mask = splash.CausalMask(sequence.order(length, parts, balanced=True), window)
+  made = splash.kernel(mask, 0.0, window, length // parts // 2, "interpret", parts, shapes, shapes)
+  block = made.kwargs["block_sizes"].block_kv
+  seen = window // block + 1  # blocks of keys that a block of queries sees
+  for info in (made.fwd_mask_info, made.dq_mask_info):
+    assert info.block_mask.shape[-1] == seen  # steps of the grid: none for hidden blocks
+  assert made.dkv_mask_info.block_mask.shape[-2] == seen * parts
+  for info in (made.fwd_mask_info, made.dq_mask_info, made.dkv_mask_info):
+    assert (np.asarray(info.block_mask) > 0).sum() == seen * length // block - seen * (seen - 1) // 2
+
+
+# ---- the largest logits
+
+
+@pytest.mark.parametrize("most", [attention.MAX_LOGITS, 2**14, 1])
+@pytest.mark.parametrize("form", [attention.Form(), attention.Form(0.7, 2.0, 50)])
+def test_the_largest_logits(monkeypatch, form, most):
+  monkeypatch.setattr(attention, "MAX_LOGITS", most)
+  q, k, _, segments, _ = cases.inputs(3, 160, 4, 2, 8)
+  k = k.at[:, 150].mul(9)  # of padding in two rows, of the last places in one
+  actual = jax.jit(lambda q, k: attention.max_logits(q, k, segments, segments, form))(q, k)
+  assert actual.dtype == jnp.float32
+  ref.assert_close(actual, cases.largest(q, k, segments, form), 1e-6)
+
+
+def test_the_largest_logits_have_no_gradient_and_no_matrix_of_all_heads(monkeypatch):
+  monkeypatch.setattr(attention, "MAX_LOGITS", 2**20)
+  q, k = (jax.ShapeDtypeStruct((1, 4096, n, 16), jnp.float32) for n in (4, 2))
+  segments = jnp.ones((1, 4096), jnp.int32)
+  f = lambda q, k: attention.max_logits(q, k, segments, segments).sum()  # noqa: E731
+  sizes = [x.aval.size for e in equations(jax.make_jaxpr(f)(q, k).jaxpr) for x in e.outvars]
+  assert 2**20 // 4 <= max(sizes) <= 2**20
+  one = jnp.ones((1, 8, 1, 4))
+  d = jax.grad(lambda q: attention.max_logits(q, q, *[jnp.ones((1, 8), jnp.int32)] * 2).sum())(one)
+  assert not np.asarray(d).any()
+
+
+def test_padding_alone_has_no_largest_logit():
+  q, zeros = jnp.ones((1, 8, 2, 4)), jnp.zeros((1, 8), jnp.int32)
+  np.testing.assert_array_equal(attention.max_logits(q, q, zeros, zeros), np.float32([-1e30, -1e30]))
 
 
 # ---- the order of sequences
@@ -134,8 +286,8 @@ def test_the_balanced_order_of_two_devices():
 
 def test_the_kernel_of_every_device_has_the_same_number_of_blocks():
   parts, length = 4, 4096
-  mask = attention.CausalMask(sequence.order(length, parts, balanced=True))
-  kernel = attention._kernel(mask, 2, length // parts // 2, "interpret", parts)
+  mask, shapes = splash.CausalMask(sequence.order(length, parts, balanced=True)), jnp.zeros((1, 2, 1, 16))
+  kernel = splash.kernel(mask, 0.0, 0, length // parts // 2, "interpret", parts, shapes, shapes)
   for info in (kernel.fwd_mask_info, kernel.dkv_mask_info):
     counts = (np.asarray(info.block_mask).reshape(parts, -1) > 0).sum(1)
     assert len(set(counts)) == 1 and 0 < counts[0] < info.block_mask.size // parts, counts
@@ -190,3 +342,18 @@ def test_on_a_tpu_large_shares_are_sent_while_kernels_run():
 
 def test_on_a_tpu_the_gradient_of_gathered_keys_is_scattered(programs):
   assert programs["gather"]["scattered"] == 2
+
+
+def names_of_kernels(*arguments):
+  return {name: set(kernels) for name, kernels in compiled("head_sizes", *arguments)}
+
+
+def test_a_tpu_has_kernels_for_heads_of_any_size():
+  found = names_of_kernels()
+  assert len(found) == 3 and all(kernels >= {"fwd", "dkv"} for kernels in found.values()), found
+
+
+@pytest.mark.slow
+def test_a_tpu_has_kernels_for_heads_of_every_size_in_every_form():
+  found = names_of_kernels("every")
+  assert len(found) == 22 and all(kernels >= {"fwd", "dkv"} for kernels in found.values()), found

@@ -1,6 +1,7 @@
 """Every operation with a gradient of its own, against the plain one: values, gradients and their dtypes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,19 @@ def test_the_gradient_of_grouped_weights_has_the_dtype_of_the_master():
     ref.assert_close(dw[..., 0], exact, 1e-5 if dtype == f32 else 1e-2)
 
 
+@pytest.mark.parametrize("dtype, highest", [(f32, True), (bf16, False)])
+def test_float32_products_of_a_tpu_are_float32(monkeypatch, dtype, highest):
+  monkeypatch.setattr(kernels.sharding, "platform", lambda: "tpu")
+
+  def f(x, w):
+    y = kernels.grouped_matmul(x, weight(w, dtype), jnp.int32([5, 3]))
+    return kernels.matmul("md,df->mf", y, weight(w[0].T, dtype)).sum()
+
+  program = str(jax.make_jaxpr(jax.grad(f, (0, 1)))(normal(8, 6, dtype=dtype), normal(2, 6, 5, seed=1)))
+  products = re.findall(r"(?:ragged_)?dot(?:_general)?\[.*?\n *\] ", program, re.S)
+  assert len(products) == 6 and all(("Precision.HIGHEST" in p) == highest for p in products), program
+
+
 # ---- the loss
 
 
@@ -156,19 +170,9 @@ def test_the_chunks_of_a_loss_divide_its_rows_and_hold_to_the_limit(rows, vocab,
 # ---- parts
 
 
-def test_rope_turns_pairs_by_their_position_and_keeps_relative_scores():
-  x, y = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
-  at = lambda x, t: np.asarray(parts.rope(x, np.array([[t]]), 100.0), np.float64)[0, 0, 0]  # noqa: E731
-  for t in (0, 1, 17):
-    z = np.asarray(x)[0, 0, 0, :4] + 1j * np.asarray(x)[0, 0, 0, 4:]
-    z = z * np.exp(1j * t * 100.0 ** (-np.arange(4) / 4))
-    ref.assert_close(at(x, t), np.concatenate([z.real, z.imag]), 1e-5, f"position {t}")
-  assert at(x, 5) @ at(y, 3) == pytest.approx(at(x, 105) @ at(y, 103), rel=1e-4)
-
-
 def test_the_norm_is_computed_in_float32():
   program = ref.program(ref.DENSE, model__compute_dtype="bfloat16")
-  norm = parts.RMSNorm(program.shape)
+  norm = parts.Norm(program.shape)
   norm.scale.set_value(2 * jnp.ones(32))
   x = normal(1, 3, 32, dtype=bf16)
   y = norm(x)

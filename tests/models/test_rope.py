@@ -22,6 +22,8 @@ CASES = {
   "DeepSeek-V3": (10000.0, 64, {**YARN, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}),
   "DeepSeek, two different mscale": (10000.0, 64, {**YARN, "mscale": 1.5, "mscale_all_dim": 0.707}),
   "gpt-oss": (150000.0, 64, {**YARN, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}),
+  "Kimi K2": (50000.0, 64, {**YARN, "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}),
+  "one bound": (50000.0, 64, {**YARN, "beta_fast": 1.0, "beta_slow": 1.0, "truncate": False}),
   "its own factor": (10000.0, 64, {**YARN, "attention_factor": 1.25, "beta_fast": 16, "beta_slow": 2}),
   "bounds of yarn at the ends": (10000.0, 8, {**YARN, "original_max_position_embeddings": 16}),
 }  # fmt: skip
@@ -89,7 +91,7 @@ def test_rotation_is_a_product_of_complex_numbers_and_so_is_its_gradient():
     ({**YARN, "factor": 0}, "factor=0 must be a number above 0"),
     ({**YARN, "attention_factor": None}, "attention_factor=None must be a number"),
     ({**YARN, "truncate": 1}, "truncate=1 must be true or false"),
-    ({**YARN, "beta_fast": 1, "beta_slow": 2}, "beta_slow=2 must be below beta_fast=1"),
+    ({**YARN, "beta_fast": 1, "beta_slow": 2}, "beta_slow=2 must not be above beta_fast=1"),
     ({**LLAMA3, "low_freq_factor": 4.0}, "low_freq_factor=4.0 must be below high_freq_factor=4.0"),
   ],
 )

@@ -1,4 +1,4 @@
-"""AdamW and the learning rates against plain numpy and hand formulas."""
+"""Optimizers and learning rates against plain numpy and hand formulas, and what their states are."""
 
 import dataclasses
 import math
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from maxscale.config import Optimizer
-from maxscale.models.module import ParamSpec, flatten, nest
+from maxscale.models.module import flatten
 from maxscale.optim import optimizer
 from tests.models import reference as ref
+from tests.optim import trees
 
 PEAK = 0.02
 
@@ -59,66 +60,154 @@ def test_a_run_shorter_than_its_warm_up_has_rates(shape):
   assert [float(schedule(jnp.int32(s))) for s in range(3)] == pytest.approx([0.1 * PEAK, 0.2 * PEAK, 0.3 * PEAK])
 
 
-# ---- AdamW
+# ---- updates, against plain numpy, matrix by matrix
 
-SHAPES = {"layers/w": ((3, 4, 5), ("layers", "embed", "mlp")), "layers/norm": ((3, 4), ("layers", "norm")),
-          "table": ((7, 4), ("vocab", "embed"))}  # fmt: skip
-SPECS = {p: ParamSpec(p, shape, shape, names, "float32", 1.0, p[0] == "l") for p, (shape, names) in SHAPES.items()}
 VALUES = {"learning_rate": PEAK, "b1": 0.8, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.3}
+STEPS = 4
 
 
-def make(**options):
-  return optimizer.make(ref.config({f"optimizer.{key}": value for key, value in {**VALUES, **options}.items()}), SPECS)
+def started(name, **options):
+  values = {**VALUES, "name": name, **options}
+  return trees.Run(**{f"optimizer__{key}": value for key, value in values.items()})
 
 
-def random_tree(seed):
-  rng = np.random.default_rng(seed)
-  return {path: rng.normal(size=shape) for path, (shape, _) in SHAPES.items()}
+def gradients(step):
+  return trees.values(step + 1, scale=10.0 ** (step - 2))
 
 
-def as_jax(flat):
-  return nest({path: jnp.asarray(value, jnp.float32) for path, value in flat.items()})
+def adam(g, s, t):
+  s["mu"] = 0.8 * s.get("mu", 0) + 0.2 * g
+  s["nu"] = 0.9 * s.get("nu", 0) + 0.1 * g**2
+  return s["mu"] / (1 - 0.8**t) / (np.sqrt(s["nu"] / (1 - 0.9**t)) + 1e-3)
 
 
-def test_adamw_against_numpy_for_five_steps():
-  adamw = make(schedule="linear", warmup_steps=2)
-  params = random_tree(0)
-  state, mu, nu = adamw.init(as_jax(params)), *({p: 0.0 for p in params} for _ in range(2))
-  tree = as_jax(params)
-  for step in range(5):
-    grads = {path: g * 10.0 ** (step - 2) for path, g in random_tree(step + 1).items()}
-    tree, state = adamw.update(as_jax(grads), state, tree, jnp.int32(step))
-    for path, g in grads.items():
-      mu[path] = 0.8 * mu[path] + 0.2 * g
-      nu[path] = 0.9 * nu[path] + 0.1 * g**2
-      update = mu[path] / (1 - 0.8 ** (step + 1)) / (np.sqrt(nu[path] / (1 - 0.9 ** (step + 1))) + 1e-3)
-      update = update + (0.0 if path == "layers/norm" else 0.3) * params[path]
-      params[path] = params[path] - float(adamw.learning_rate(jnp.int32(step))) * update
-    ref.assert_close(flatten(tree), params, 1e-5, f"parameters after step {step}")
-    ref.assert_close(flatten(state["mu"]), mu, 1e-5, f"mu after step {step}")
-    ref.assert_close(flatten(state["nu"]), nu, 1e-5, f"nu after step {step}")
-  assert int(state["count"]) == 5
+def lion(g, s, t):
+  update = np.sign(0.8 * s.get("mu", 0) + 0.2 * g)
+  s["mu"] = 0.9 * s.get("mu", 0) + 0.1 * g
+  return update
 
 
-def test_norms_are_not_decayed_and_matrices_are():
-  adamw, params = make(warmup_steps=0), random_tree(0)
-  zero = as_jax({path: np.zeros_like(value) for path, value in params.items()})
-  after = flatten(adamw.update(zero, adamw.init(as_jax(params)), as_jax(params), jnp.int32(0))[0])
-  np.testing.assert_array_equal(after["layers/norm"], np.float32(params["layers/norm"]))
-  for path in ("layers/w", "table"):
-    ref.assert_close(after[path], params[path] * (1 - PEAK * 0.3), 1e-6, path)
+def adafactor(g, s, t):
+  """Of one matrix or vector."""
+  decay = min(0.9, 1 - t**-0.8)
+  if g.ndim == 2:
+    s["v_row"] = decay * s.get("v_row", 0) + (1 - decay) * (g**2).mean(1)
+    s["v_col"] = decay * s.get("v_col", 0) + (1 - decay) * (g**2).mean(0)
+    v = np.outer(s["v_row"], s["v_col"]) / s["v_row"].mean()
+  else:
+    v = s["v"] = decay * s.get("v", 0) + (1 - decay) * g**2
+  update = g / np.sqrt(v)
+  update /= max(1, np.sqrt((update**2).mean()))
+  s["ema"] = 0.8 * s.get("ema", 0) + 0.2 * update
+  return s["ema"] / (1 - 0.8**t)
 
 
-def test_the_norms_of_the_model_are_those_not_decayed():
-  program = ref.program(ref.MOE)
-  exempt = {path for path, spec in program.skeleton.specs.items() if "norm" in spec.names}
-  assert exempt == {"layers/attention_norm/scale", "layers/mlp_norm/scale", "final_norm/scale"}
+def muon(g, s, t):
+  """Of one matrix."""
+  s["trace"] = 0.8 * s.get("trace", 0) + g
+  x = g + 0.8 * s["trace"]
+  x = (x if len(x) < len(x.T) else x.T) / np.linalg.norm(x)
+  for _ in range(5):
+    a = x @ x.T
+    x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+  return 0.2 * np.sqrt(max(g.shape)) * (x if x.shape == g.shape else x.T)
 
 
-def test_the_state_has_a_path_a_spec_and_names_for_every_leaf():
-  adamw = make()
-  assert set(adamw.specs) == {"count", *(f"{m}/{p}" for m in ("mu", "nu") for p in SPECS)}
-  for path, leaf in flatten(adamw.init(as_jax(random_tree(0)))).items():
-    spec = adamw.specs[path]
-    assert (spec.shape, spec.dtype) == (leaf.shape, str(leaf.dtype)), path
-    assert path == "count" or spec.names == SPECS[path.split("/", 1)[1]].names
+def matrices(path, x):
+  """(key, matrix or vector) for each layer and expert of a parameter."""
+  names, shape, inputs = trees.SHAPES[path]
+  experts = names[0] == "experts"
+  split = x.reshape(-1, *shape[experts:]) if inputs else x.reshape(-1, np.prod(shape))
+  for i, one in enumerate(split):
+    yield i, one.reshape(np.prod(one.shape[:inputs]), -1) if inputs else one
+
+
+RULES = {"adamw": adam, "lion": lion, "adafactor": adafactor, "muon": muon}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_updates_against_numpy(name):
+  """Padding included: it changes no number, and stays zero."""
+  run, params, states = started(name), {p: np.float64(x) for p, x in trees.values(0).items()}, {}
+  for step in range(STEPS):
+    run.take(gradients(step))
+    for path, g in gradients(step).items():
+      rule = adam if name == "muon" and path not in trees.MUON else RULES[name]
+      updates = [rule(one, states.setdefault((path, i), {}), step + 1) for i, one in matrices(path, np.float64(g))]
+      update = np.stack(updates).reshape(g.shape) + 0.3 * params[path] * (path in trees.MATRICES)
+      params[path] = params[path] - PEAK * update
+    got = {path: run.whole[f"params/{path}"] for path in params}
+    ref.assert_close(trees.logical(got, run.params), params, 1e-5, f"{name}, step {step}")
+    for path, x in run.whole.items():
+      assert not trees.padding(x, run.specs[path]).any(), path
+  moments = {(kind, path) for (path, _), state in states.items() for kind in state}
+  assert {f"{kind}/{path}" for kind, path in moments} | {"count"} == set(run.optimizer.specs)
+  for kind, path in moments:
+    got = trees.logical(run.whole, run.specs)[f"{kind}/{path}"]
+    want = np.stack([states[path, i][kind] for i, _ in matrices(path, trees.values(0)[path])]).reshape(got.shape)
+    ref.assert_close(got, want, 1e-5, f"{kind}/{path}")
+  assert int(run.state["count"]) == STEPS
+
+
+def test_muon_orthogonalises():
+  """Singular values of an update are near 1, whatever the gradient's (Newton-Schulz leaves them in 0.6 to 1.2)."""
+  run = started("muon", learning_rate=1.0, weight_decay=0.0, b1=0.0)
+  before = np.asarray(run.tree["layers"]["mlp"]["up"])
+  run.take(gradients(0))
+  after = np.asarray(run.tree["layers"]["mlp"]["up"])
+  values = np.linalg.svd((before - after) / (0.2 * trees.D**0.5), compute_uv=False)
+  assert values.shape == (trees.L, trees.E, trees.F) and 0.6 < values.min() < values.max() < 1.25
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_vectors_are_not_decayed_and_matrices_are(name):
+  run = started(name)
+  run.take({path: np.zeros_like(x) for path, x in trees.values(0).items()})
+  for path, value in trees.logical(flatten(run.tree), run.params).items():
+    ref.assert_close(value, trees.values(0)[path] * (1 - PEAK * 0.3 * (path in trees.MATRICES)), 1e-6, path)
+
+
+def test_adafactor_without_a_first_moment_has_no_memory_for_it():
+  run = started("adafactor", b1=0.0)
+  assert {path.split("/")[0] for path in run.optimizer.specs} == {"count", "v", "v_row", "v_col"}
+  run.take(gradients(0))
+  assert all(np.isfinite(x).all() for x in run.whole.values())
+
+
+# ---- the state
+
+COMBINATIONS = [(name, dtype) for name in RULES for dtype in ("float32", "bfloat16", "int8")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), COMBINATIONS)
+def test_the_state_has_a_path_a_spec_and_names_for_every_leaf(name, dtype):
+  run = started(name, state_dtype=dtype)
+  specs, state = run.optimizer.specs, flatten(run.state)
+  assert specs.keys() == state.keys()
+  for path, spec in specs.items():
+    assert (path, spec.shape, spec.dtype) == (spec.path, state[path].shape, str(state[path].dtype))
+    assert len(spec.shape) == len(spec.logical) == len(spec.names)
+    kind, _, parameter = path.partition("/")
+    if parameter:
+      like = run.params[parameter]
+      assert spec.rows == like.rows and (not spec.rows or spec.names[0] == "layers")
+      # names are those of the parameter, in its order, and sizes go with names
+      sizes = dict(zip(like.names, like.shape))
+      kept = [n for n in spec.names if n]
+      assert kept == [n for n in like.names if n in kept]
+      assert "scale" in kind or all(sizes[n] == size for n, size in zip(spec.names, spec.shape) if n)
+      low = parameter in trees.MATRICES and kind in ("mu", "nu", "trace", "ema")
+      assert spec.dtype == ({"int8": "uint8" if kind == "nu" else "int8"}.get(dtype, dtype) if low else "float32")
+  assert not [path for path, x in state.items() if x.shape == (1,)], "a placeholder of Optax"
+
+
+def test_factored_moments_have_the_dimensions_of_rows_and_columns():
+  specs = started("adafactor").optimizer.specs
+  for path, shape, names in (
+    ("v_row/layers/attention/out", (4, 4, 4), ("layers", "heads", "head_dim")),
+    ("v_col/layers/attention/out", (4, 256), ("layers", "embed")),
+    ("v_row/layers/mlp/up", (4, 4, 256), ("layers", "experts", "embed")),
+    ("v_col/layers/mlp/up", (4, 4, 24), ("layers", "experts", "mlp")),
+    ("v_row/embedding", (16,), ("vocab",)),
+  ):
+    assert (specs[path].shape, specs[path].names) == (shape, names), path
