@@ -20,13 +20,12 @@ import numpy as np
 
 from maxscale import assemble
 from maxscale import config as config_lib
-from maxscale.config import Config, ConfigError, Mesh, Model
+from maxscale.config import Config, ConfigError, Mesh
 from maxscale.errors import UserError
 from maxscale.sharding import layouts
 from maxscale.sharding.layouts import Layout
 
 BATCH, LENGTH, VOCAB, LAYERS = 16, 64, 125, 4  # of the copy: every factor of 2 in a mesh of 16 devices divides them
-WINDOW = 12  # most keys of a window: more than a device of a split sequence has
 LOSS, GRADIENT = 1e-5, 1e-4  # largest errors that are equal; they are relative
 FLOOR = 1e-3  # a gradient smaller than this fraction of all gradients is compared with that fraction
 MARGIN = 1e-4  # of the router: rounding must not change what a token chooses
@@ -64,52 +63,18 @@ def main(argv: list[str] | None = None) -> int:
 def shrink(config: Config) -> Config:
   """The config with small sizes and every choice kept; what a CPU or an exact comparison cannot have is replaced."""
   m, s = config.model, config.sharding
-  kv = 3 if config.kv_heads & (config.kv_heads - 1) else min(2 * config.kv_heads, 4) if config.kv_heads > 1 else 1
-  heads = kv * min(m.heads // config.kv_heads, 4)
-  experts = min(m.experts, _experts(m.experts, m.experts_per_token))
-  windows = list(dict.fromkeys(min(window, WINDOW) for window in m.windows))  # each kind of layer once
-  dense = min(config.dense_layers, 1)
   options = {
-    "run.simulated_devices": layouts.DEVICES,
-    "model.vocab_size": VOCAB, "model.vocab_multiple": 8, "model.embed": 32,
-    "model.layers": dense + LAYERS * max(1, len(windows)), "model.windows": windows,
-    "model.heads": heads, "model.kv_heads": kv, "model.kv_head_multiple": 4, "model.head_dim": 8,
-    "model.mlp": 32 if experts else 64, "model.experts": experts, "model.expert_multiple": 8 if experts % 8 else 1,
-    "model.max_positions": min(m.max_positions, LENGTH), "model.mtp": min(m.mtp, 1),
-    # logits of the copy are small and its positions few: what is left out must show
-    "model.attention_softcap": min(m.attention_softcap, 0.5), "model.logit_softcap": min(m.logit_softcap, 1.0),
-    "model.rope_scaling": {key: min(value, LENGTH // 2) if key.startswith("original") else value
-                           for key, value in m.rope_scaling.items()},
-    "model.mla": {"q_rank": min(m.mla.q_rank, 16), "kv_rank": min(m.mla.kv_rank, 16),
-                  "nope_dim": 8, "rope_dim": 4, "v_dim": 6},
-    "model.moe.shared": min(m.moe.shared, 16), "model.moe.dense_layers": dense,
-    "model.moe.dense_mlp": min(m.moe.dense_mlp, 48), **_groups(m, experts),
-    "model.dropout": 0.0, "model.compute_dtype": "float32", "model.quantize": {}, "lora.rank": 0,
-    "optimizer.grad_reduce_dtype": "float32",
+    **config_lib.scaled_down(config, 1, LAYERS, LENGTH),
+    "run.simulated_devices": layouts.DEVICES, "model.vocab_size": VOCAB, "model.vocab_multiple": 8,
+    # a logit of the copy is small: what is left out of it must show
+    "model.attention_softcap": min(m.attention_softcap, 1.0), "model.logit_softcap": min(m.logit_softcap, 1.0),
+    "model.dropout": 0.0, "model.quantize": {}, "lora.rank": 0, "optimizer.grad_reduce_dtype": "float32",
     "loss.chunk": min(config.loss.chunk, 16), "data.batch_size": BATCH, "data.length": LENGTH, "data.phases": [],
     "sharding.microbatches": min(s.microbatches, 2), "sharding.repeats": 1,
     "sharding.expert_buffer": float(layouts.DEVICES),  # nothing is dropped
     "remat.table": {name: "keep" if action == "offload" else action for name, action in config.remat.table.items()},
   }  # fmt: skip
   return layouts.apply(dataclasses.replace(config, mesh=Mesh(fsdp=1)), options)
-
-
-def _experts(count: int, chosen: int) -> int:
-  """Experts of the copy: enough to choose from and for 8 devices, a power of two only if `count` is one."""
-  size = 8
-  while size < 2 * chosen:
-    size *= 2
-  return size + 2 if count & (count - 1) else size
-
-
-def _groups(m: Model, experts: int) -> dict[str, int]:
-  """Groups for the experts of the copy: a few, where one group is left out and experts inside the others are, too."""
-  if experts == m.experts or m.moe.groups == 1:
-    return {}
-  groups = next(n for n in (4, 3, 2) if n <= m.moe.groups and experts % n == 0)
-  limited = min(m.experts_per_token * groups // experts + 1, groups - 1)
-  chosen = limited if m.moe.groups_per_token < m.moe.groups else groups
-  return {"model.moe.groups": groups, "model.moe.groups_per_token": chosen}
 
 
 def say(config: Config, small: Config) -> str:

@@ -32,19 +32,6 @@ MESH_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")  # outer
 REMAT_ACTIONS = ("keep", "recompute", "offload")
 
 
-# `--small`: a copy of any config that a laptop trains, to see that it runs; later overrides win.
-SMALL = {
-  "run.simulated_devices": "8", "run.steps": "20", "mesh.data": "1", "mesh.fsdp": "-1", "mesh.tensor": "2",
-  "mesh.expert": "1", "mesh.context": "1", "mesh.pipeline": "1", "mesh.slices": "0", "mesh.topology": "", "mesh.dcn.data": "-1",
-  "mesh.dcn.fsdp": "1", "mesh.dcn.expert": "1", "mesh.dcn.context": "1", "mesh.dcn.tensor": "1",
-  "mesh.dcn.pipeline": "1", "sharding.repeats": "1", "optimizer.offload": "False", "model.layers": "2",
-  "model.embed": "128", "model.heads": "4", "model.kv_heads": "2", "model.head_dim": "32", "model.mlp": "256",
-  "model.vocab_size": "0", "model.compute_dtype": "float32", "data.batch_size": "16", "data.length": "128",
-  "data.phases": "()", "data.tokenizer": "bytes", "data.mixture": "{}", "sharding.microbatches": "1",
-  "optimizer.warmup_steps": "5", "eval.batches": "2",
-}  # fmt: skip
-
-
 class ConfigError(UserError):
   """A config that cannot run. The message names the option and says what to change."""
 
@@ -392,19 +379,88 @@ def differences(old: Config, new: Config) -> list[tuple[str, str, Any, Any]]:
   return [(p, f.metadata["kind"], a[p][0], v) for p, (v, f) in b.items() if a[p][0] != v]
 
 
+# ---- a small copy
+
+
+# What `--small` changes beside the model, so that a laptop trains it.
+SMALL: dict[str, Any] = {
+  "run.simulated_devices": 8, "run.steps": 20, "mesh": {"fsdp": -1, "tensor": 2}, "sharding.repeats": 1,
+  "sharding.microbatches": 1, "optimizer.offload": False, "optimizer.warmup_steps": 5, "model.vocab_size": 0,
+  "data.batch_size": 16, "data.length": 128, "data.phases": (), "data.tokenizer": "bytes", "data.mixture": {},
+  "eval.batches": 2,
+}  # fmt: skip
+
+
+def scaled_down(config: Config, unit: int, layers: int, length: int) -> dict[str, Any]:
+  """Options of a small model that has every choice of a config's: what `--small` trains and `maxscale.check` compares.
+
+  Args:
+    unit: its width in 32; other sizes go with it.
+    layers: those of each kind (windows), beside one dense layer where experts begin later.
+    length: tokens of its sequences; windows are a quarter of it.
+  """
+  m, mla, moe = config.model, config.model.mla, config.model.moe
+  kv = 3 if config.kv_heads & (config.kv_heads - 1) else min(2 * config.kv_heads, 4) if config.kv_heads > 1 else 1
+  experts = min(m.experts, _few_experts(m.experts, m.experts_per_token))
+  windows = tuple(dict.fromkeys(min(window, length // 4) for window in m.windows))  # each kind of layer once
+  dense = min(config.dense_layers, 1)
+  return {
+    "model.embed": 32 * unit, "model.layers": dense + layers * max(1, len(windows)), "model.windows": windows,
+    "model.heads": kv * min(m.heads // config.kv_heads, 4), "model.kv_heads": kv, "model.kv_head_multiple": 4,
+    "model.head_dim": 8 * unit, "model.mlp": (32 if experts else 64) * unit,
+    "model.experts": experts, "model.expert_multiple": 8 if experts % 8 else 1,
+    "model.max_positions": min(m.max_positions, length), "model.mtp": min(m.mtp, 1),
+    "model.mla": {"q_rank": min(mla.q_rank, 16 * unit), "kv_rank": min(mla.kv_rank, 16 * unit),
+                  "nope_dim": 8 * unit, "rope_dim": 4 * unit, "v_dim": 6 * unit},
+    "model.moe.shared": min(moe.shared, 16 * unit), "model.moe.dense_layers": dense,
+    "model.moe.dense_mlp": min(moe.dense_mlp, 48 * unit), **_few_groups(m, experts),
+    "model.compute_dtype": "float32",
+  }  # fmt: skip
+
+
+def _few_experts(count: int, chosen: int) -> int:
+  """Experts of the copy: enough to choose from and for 8 devices, a power of two only if `count` is one."""
+  size = 8
+  while size < 2 * chosen:
+    size *= 2
+  return size + 2 if count & (count - 1) else size
+
+
+def _few_groups(m: Model, experts: int) -> dict[str, int]:
+  """Groups for the experts of the copy: a few, where one group is left out and experts inside the others are, too."""
+  if experts == m.experts or m.moe.groups == 1:
+    return {}
+  groups = next(n for n in (4, 3, 2) if n <= m.moe.groups and experts % n == 0)
+  limited = min(m.experts_per_token * groups // experts + 1, groups - 1)
+  chosen = limited if m.moe.groups_per_token < m.moe.groups else groups
+  return {"model.moe.groups": groups, "model.moe.groups_per_token": chosen}
+
+
+def change(tree: dict, options: dict[str, Any]) -> None:
+  """Sets options, by path, in nested dicts."""
+  for path, value in options.items():
+    *groups, last = path.split(".")
+    node = tree
+    for group in groups:
+      node = node.setdefault(group, {})
+    node[last] = value
+
+
 # ---- loading: file, overrides, types
 
 
 def load(path: str, overrides: typing.Sequence[tuple[str, str]] = (), small: bool = False) -> Config:
   """Reads a config file (Python, or the config.json of a run), applies `(dotted option, text)` overrides, checks, freezes.
 
-  `small` applies `SMALL` before the overrides, and gives the run a directory of its own.
+  `small` makes the small copy of it before the overrides, and gives the run a directory of its own.
 
   Raises:
     ConfigError: the file, an option or a combination is wrong; nothing was touched.
   """
   tree = _read_file(path)
-  for key, text in [*(SMALL.items() if small else ()), *overrides]:
+  if small:
+    change(tree, {**SMALL, **scaled_down(_build(Config, tree, ""), 4, 2, SMALL["data.length"])})
+  for key, text in overrides:
     _override(tree, key, text)
   config = _build(Config, tree, "")
   if not config.run.name:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -110,6 +111,11 @@ class Program:
     """
     s, m = self.shape, self.config.sharding.microbatches
     self._check_stages()
+    weights = {re.sub(r"^(mtp/layer|dense_layers|layers)/", "", path) for path in self.skeleton.specs}
+    for pattern in self.config.model.quantize:
+      if not any(re.fullmatch(pattern, weight) for weight in weights):
+        raise ConfigError(f"model.quantize has {pattern!r}, which no weight is called; weights are called as "
+                          "attention/query and mlp/up")  # fmt: skip
     experts = self.rules.factor("experts", "compute")
     if experts > max(1, s.E):
       raise ConfigError(f"mesh.expert={experts} is more than model.experts={s.E}; lower it to {max(1, s.E)}, and give its "

@@ -11,9 +11,10 @@ import pytest
 from maxscale import check
 from maxscale import config as config_lib
 from maxscale.config import MESH_AXES, ConfigError
+from maxscale.models import module, plain
 from maxscale.sharding import layouts, mesh, rules
 from maxscale.step import Program
-from tests import multidevice
+from tests import check_cases, multidevice
 from tests.models import reference as ref
 
 CASES = "tests.check_cases"
@@ -27,7 +28,7 @@ def test_case(results, name):
 
 # ---- the copy
 
-CONFIGS = {
+SIZES = {
   "three key heads": {"model.embed": 3072, "model.heads": 24, "model.kv_heads": 3, "model.head_dim": 128},
   "one key head": {"model.heads": 8, "model.kv_heads": 1},
   "odd vocabulary, tied": {"model.vocab_size": 50257, "model.tied_embeddings": True, "loss.chunk": 4096},
@@ -43,14 +44,22 @@ CONFIGS = {
     "mesh.pipeline": 8, "mesh.dcn.data": -1, "sharding.repeats": 4,
   },
 }  # fmt: skip
+CONFIGS = {
+  **SIZES,
+  **check_cases.MODELS,
+  "adapted, quantised": {"lora.rank": 8, "model.quantize": {".*": "int8"}, "model.windows": [4096, 4096, 4096, 0]},
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_copy_is_small_and_its_meshes_are_possible(name):
   config = ref.config(CONFIGS[name])
   small = check.shrink(config)
-  assert (small.model.embed, small.model.layers, small.data.length, small.model.compute_dtype) == (32, 4, 64, "float32")
+  kinds = len(set(config.model.windows)) or 1
+  assert small.model.layers == 4 * kinds + min(1, config.model.moe.dense_layers)
+  assert (small.model.embed, small.data.length, small.model.compute_dtype) == (32, 64, "float32")
   assert small.model.heads <= 16 and small.model.dropout == 0 and not small.data.phases
+  assert small.lora.rank == 0 and not small.model.quantize
   assert bool(small.model.experts) == bool(config.model.experts)
   assert small.model.experts_per_token == config.model.experts_per_token
   for path in (
@@ -69,6 +78,57 @@ def test_a_copy_is_small_and_its_meshes_are_possible(name):
     possible(small, layout)
 
 
+@pytest.mark.parametrize("name", check_cases.MODELS)
+def test_a_copy_keeps_every_choice(name):
+  config = ref.config(check_cases.MODELS[name])
+  a, b = (config_lib.flatten(c.model) for c in (config, check.shrink(config)))
+  for path, (value, _) in a.items():
+    small = b[path][0]
+    assert small == value or type(value) not in (bool, str), path
+    assert bool(small) == bool(value) or path in ("vocab_size", "kv_heads"), path  # 0 is not none of them
+  assert a["rope_scaling"][0].keys() == b["rope_scaling"][0].keys()
+  small = check.shrink(config).model
+  assert (small.moe.groups_per_token < small.moe.groups) == (config.model.moe.groups > 1)
+  reach = small.moe.groups_per_token * small.experts // small.moe.groups
+  assert small.experts_per_token < reach or not small.experts  # there is a choice inside the groups, too
+
+
+# What takes parameters away is compared without them; the others of an option that would need more are not here.
+PARAMETERS = {"model.mlp_bias": ("gate_bias", "up_bias", "down_bias"), "model.out_bias": ("out_bias",),
+              "model.qkv_bias": ("query_bias", "key_bias", "value_bias"), "model.moe.correction": ("correction",),
+              "model.moe.router_bias": ("router_bias",)}  # fmt: skip
+OPTIONS = (
+  "norm", "post_norms", "activation", "attention_softcap", "logit_softcap", "qk_norm", "rope_local_theta",
+  "rope_scaling", "query_scale", "windows", "window_kind", "embedding_scale", "attention_sinks", "mlp_bias", "qkv_bias",
+  "out_bias", "moe.router_bias", "moe.score", "moe.normalise", "moe.correction", "moe.group_score",
+  "moe.groups_per_token", "moe.shared", "moe.scale", "moe.capacity",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", check_cases.MODELS)
+def test_an_option_that_is_left_out_shows(name, monkeypatch):
+  monkeypatch.setattr(check, "LAYERS", 1)
+  options = check_cases.MODELS[name]
+  small = check.shrink(ref.config(options))
+  params = check.parameters(small)
+  batch = {key: value[:2] for key, value in check.make_batch(small, 0, packed=False).items()}
+
+  def loss(config, params):
+    return float(plain.loss(config, module.nest(params), batch)[0])
+
+  whole, seen = loss(small, params), 0
+  for option in OPTIONS:
+    path = f"model.{option}"
+    if path in options:
+      default = config_lib.flatten(config_lib.Config())[path][0]
+      value = small.model.moe.groups if option == "moe.groups_per_token" else default
+      left = {p: w for p, w in params.items() if not p.endswith(PARAMETERS.get(path, "/none"))}
+      error = abs(loss(layouts.apply(small, {path: value}), left) - whole) / whole
+      assert error > 2 * check.LOSS, (path, error)
+      seen += 1
+  assert seen > 5
+
+
 def possible(small, layout):
   """Raises where the framework refuses the layout; needs no devices."""
   config = layouts.apply(small, layout)
@@ -78,7 +138,7 @@ def possible(small, layout):
 
 
 def test_a_copy_keeps_ratios_where_it_can():
-  heads = {name: check.shrink(ref.config(options)).model for name, options in CONFIGS.items()}
+  heads = {name: check.shrink(ref.config(options)).model for name, options in SIZES.items()}
   assert {name: (m.heads, m.kv_heads) for name, m in heads.items()} == {
     "three key heads": (12, 3), "one key head": (4, 1), "odd vocabulary, tied": (4, 4),
     "all heads are key heads": (3, 3), "60 experts, 4 a token": (4, 4), "256 experts, 8 a token": (4, 4),
@@ -188,6 +248,18 @@ def test_a_wrong_config_is_one_message(capsys, arguments, message):
   assert check.main(["--config", f"{multidevice.ROOT}/configs/tiny.py", *arguments]) == 2
   out, err = capsys.readouterr()
   assert not out and message in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", check_cases.MODELS)
+def test_every_option_is_equal_on_every_mesh(name):
+  options = [f"--config.{path}={value}" for path, value in check_cases.MODELS[name].items()]
+  done = command("--config", "configs/tiny.py", "--config.run.compile_cache=", *options)
+  *lines, _ = done.stdout.splitlines()
+  refused = [line for line in lines if line.endswith("refused")]  # capacity counts along whole sequences
+  assert all("model.moe.capacity" in line and "context=" in line for line in refused), refused
+  assert done.returncode == bool(refused) and "DIFFERENT" not in done.stdout, done.stdout + done.stderr
+  assert sum(line.endswith("equal") for line in lines) >= 12
 
 
 @pytest.mark.slow

@@ -135,8 +135,12 @@ class Decoder(parts.Weights):
     return self._loss(spec, self.final_norm(x_btd), targets_bt, scale)
 
   def further(self, spec: LossSpec, x_btd: jax.Array, batch: Batch, scale: jax.Array, call: Call) -> Any:
-    """The losses of multi-token prediction: (loss * scale, nll), each the mean of the modules; aux [modules, ...]."""
+    """The losses of multi-token prediction: (loss * scale, nll), each the mean of the modules; aux [modules, ...].
+
+    A module takes hidden states as the head takes them, normalised, which is how published modules are used.
+    """
     modules, (graph, stack), losses, outputs = self.shape.m.mtp, nnx.split(self.mtp), [], []
+    x_btd = self.final_norm(x_btd)
     for k in range(modules):
 
       def run(params: Any, x: jax.Array, embedded: jax.Array, layer: int = self.shape.L + k) -> Any:
@@ -144,8 +148,8 @@ class Decoder(parts.Weights):
 
       params = jax.tree.map(lambda a: a[k], stack)  # noqa: B023
       x_btd, aux = call.remat(run)(params, x_btd, self.lookup(batch[f"tokens_{k + 1}"]))
-      normed = nnx.merge(graph, params).final_norm(x_btd)
-      losses.append(self._loss(spec, normed, batch[f"targets_{k + 1}"], scale / modules))
+      x_btd = nnx.merge(graph, params).final_norm(x_btd)
+      losses.append(self._loss(spec, x_btd, batch[f"targets_{k + 1}"], scale / modules))
       outputs.append(aux)
     loss, nll = (sum(parts) for parts in zip(*losses))
     return loss, nll / modules, jax.tree.map(lambda *a: jnp.stack(a), *outputs)

@@ -45,7 +45,7 @@ def experts(
   weights: Weights,
   activation: str,
   factor: float,
-  route: str = "sparse",
+  route: str,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The sum over a token's choices of gate * (down(hidden(x gate, x up)) + its bias), by the expert of each choice.
 

@@ -31,12 +31,14 @@ def loss(config: Config, params: Tree, batch: Tree) -> tuple[jax.Array, tuple[ja
     next expert, or group, is below that of the last that a token chose, as a fraction; 1 where there is no choice).
   """
   x, auxiliary, margin = _layers(config, params, batch)
-  nll, z_loss = _cross_entropy(config, _head(config, params, params["final_norm"], x), batch["targets"])
+  x = _norm(config, x, params["final_norm"])
+  nll, z_loss = _cross_entropy(config, _head(config, params, x), batch["targets"])
   total, modules = nll + z_loss, config.model.mtp
   for k in range(modules):
     w = _row(params["mtp"], k)
     x, losses, gap = _further(config, w, x, _embed(config, params, _ahead(batch, "tokens", k + 1)), batch, k)
-    both = _cross_entropy(config, _head(config, params, w["final_norm"], x), _ahead(batch, "targets", k + 1))
+    x = _norm(config, x, w["final_norm"])
+    both = _cross_entropy(config, _head(config, params, x), _ahead(batch, "targets", k + 1))
     total += config.loss.mtp / modules * sum(both)
     auxiliary, margin = auxiliary + losses, jnp.minimum(margin, gap)
   count = jnp.maximum((batch["targets"] >= 0).sum(), 1)
@@ -45,7 +47,7 @@ def loss(config: Config, params: Tree, batch: Tree) -> tuple[jax.Array, tuple[ja
 
 def logits(config: Config, params: Tree, batch: Tree) -> jax.Array:
   """Logits [B, T, V] of the next token; the batch needs tokens, segments and positions."""
-  return _head(config, params, params["final_norm"], _layers(config, params, batch)[0])
+  return _head(config, params, _norm(config, _layers(config, params, batch)[0], params["final_norm"]))
 
 
 # ---- the pieces: what the layers are between, and further tokens (DeepSeek-AI, arXiv 2412.19437, 2.2)
@@ -75,9 +77,9 @@ def _embed(config: Config, params: Tree, tokens: jax.Array) -> jax.Array:
   return jnp.where(tokens[..., None] >= 0, x, 0)
 
 
-def _head(config: Config, params: Tree, norm: Tree, x: jax.Array) -> jax.Array:
+def _head(config: Config, params: Tree, x: jax.Array) -> jax.Array:
   head = params["embedding"] if config.model.tied_embeddings else params["head"]
-  return _softcap(jnp.einsum("btd,vd->btv", _norm(config, x, norm), head), config.model.logit_softcap)
+  return _softcap(jnp.einsum("btd,vd->btv", x, head), config.model.logit_softcap)
 
 
 def _cross_entropy(config: Config, logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -101,12 +101,7 @@ def apply(config: Config, options: Layout) -> Config:
     ConfigError: an option is unknown or wrong.
   """
   tree = dataclasses.asdict(config)
-  for path, value in options.items():
-    *groups, last = path.split(".")
-    node = tree
-    for group in groups:
-      node = node.setdefault(group, {})
-    node[last] = value
+  config_lib.change(tree, options)
   out = config_lib.from_json(json.dumps(tree))
   config_lib.check(out)
   return out

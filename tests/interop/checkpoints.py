@@ -1,6 +1,7 @@
 """Small Hugging Face checkpoints without torch, and the conversion of them."""
 
 import json
+import pathlib
 import struct
 
 import ml_dtypes
@@ -9,6 +10,8 @@ import numpy as np
 from maxscale import convert
 from maxscale.interop import safetensors
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "models/golden"  # tests/models/parity.py writes them
+FAMILIES = sorted(file.stem for file in GOLDEN.glob("*.json"))
 LLAMA = {
   "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 70, "hidden_size": 24,
   "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
@@ -39,6 +42,13 @@ def tensors(config, dtype=ml_dtypes.bfloat16, seed=0):
   """Random tensors of a Llama."""
   rng = np.random.default_rng(seed)
   return {name: rng.standard_normal(shape, np.float32).astype(dtype) for name, shape in shapes(config).items()}
+
+
+def family(name, dtype=np.float32, seed=0):
+  """config.json and random tensors of a tiny model, called and shaped as transformers saves them."""
+  stored = json.loads((GOLDEN / f"{name}.json").read_text())
+  rng = np.random.default_rng(seed)
+  return stored["config"], {n: rng.standard_normal(s, np.float32).astype(dtype) for n, s in stored["tensors"].items()}
 
 
 def write(folder, config, tensors, files=1):
@@ -97,16 +107,22 @@ def to_theirs(source, out, *more):
   return convert.main(["--from", str(source), "--to", "hf", str(out), *map(str, more)])
 
 
-def parameters(run_dir):
-  """path -> float32 array, all layers, through the restore of checkpoints."""
-  from maxscale.checkpoint import host, restore
-  from maxscale.checkpoint.layout import flatten
+def leaves(run_dir):
+  """The parameters of a checkpoint, each whole on this machine."""
+  from maxscale.checkpoint import host
 
   marker = host.Reader(str(run_dir)).marker
-  leaves = tuple(
+  return tuple(
     host.leaf_of(path, tuple(a["shape"]), tuple(marker["table"][path][0]["rows"]) if a["layer_dims"] else ())
     for path, a in marker["arrays"].items()
     if path.startswith("params/")
   )
-  state = restore(str(run_dir), leaves).state["params"]
+
+
+def parameters(run_dir):
+  """path -> float32 array, all layers, through the restore of checkpoints."""
+  from maxscale.checkpoint import restore
+  from maxscale.checkpoint.layout import flatten
+
+  state = restore(str(run_dir), leaves(run_dir)).state["params"]
   return {path: np.asarray(x) for path, x in flatten(state).items()}

@@ -19,7 +19,6 @@ from maxscale.interop import exporting, importing, work
 from maxscale.models import families
 from tests import multidevice
 from tests.interop import checkpoints as hf
-from tests.models import parity
 
 BF16 = ml_dtypes.bfloat16
 CASES = "tests.interop.convert_cases"
@@ -88,10 +87,10 @@ def test_the_config_is_a_whole_one(llama):
   assert commit.read_marker(str(ours), 0)["meta"]["config_hash"] == config.hash
 
 
-@pytest.mark.parametrize("name", parity.MODELS)
+@pytest.mark.parametrize("name", hf.FAMILIES)
 def test_every_family_there_and_back(name, tmp_path):
-  config, tensors, _ = parity.golden(name)
-  source = hf.write(tmp_path / "hf", config, {n: x.astype(BF16) for n, x in tensors.items()})
+  config, tensors = hf.family(name, BF16)
+  source = hf.write(tmp_path / "hf", config, tensors)
   assert hf.to_ours(source, tmp_path / "ours") == 0
   assert hf.to_theirs(tmp_path / "ours", tmp_path / "back") == 0
   assert hf.read(tmp_path / "back") == hf.read(source)
@@ -99,7 +98,7 @@ def test_every_family_there_and_back(name, tmp_path):
 
 
 def test_tensors_of_a_further_token_and_copies_of_tables(tmp_path):
-  config, tensors, _ = parity.golden("deepseek_v3")
+  config, tensors = hf.family("deepseek_v3")
   config = {**config, "num_nextn_predict_layers": 1}
   # transformers counts the module and has not its tensors
   source = hf.write(tmp_path / "without", config, tensors)
@@ -112,7 +111,8 @@ def test_tensors_of_a_further_token_and_copies_of_tables(tmp_path):
   last = f"model.layers.{layers - 1}."
   more = {n.replace(last, f"model.layers.{layers}."): x[::-1].copy() for n, x in tensors.items() if n.startswith(last)}
   extra = {"enorm.weight": (d,), "hnorm.weight": (d,), "eh_proj.weight": (d, 2 * d), "shared_head.norm.weight": (d,)}
-  more |= {f"model.layers.{layers}.{n}": parity.weight(n, shape) for n, shape in extra.items()}
+  rng = np.random.default_rng(1)
+  more |= {f"model.layers.{layers}.{n}": rng.standard_normal(shape, np.float32) for n, shape in extra.items()}
   more[f"model.layers.{layers}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
   more[f"model.layers.{layers}.shared_head.head.weight"] = tensors["lm_head.weight"]
   source = hf.write(tmp_path / "with", config, {**tensors, **more})
@@ -123,6 +123,27 @@ def test_tensors_of_a_further_token_and_copies_of_tables(tmp_path):
   projection = hf.parameters(tmp_path / "ours with")["mtp/projection"]
   theirs = more[f"model.layers.{layers}.eh_proj.weight"]  # of [embedding, hidden state]
   np.testing.assert_array_equal(projection[0], np.concatenate([theirs.T[d:], theirs.T[:d]]))
+
+
+def test_rotary_pairs_are_put_halves_apart(tmp_path):
+  config, tensors = hf.family("deepseek_v3")
+  assert hf.to_ours(hf.write(tmp_path / "hf", config, tensors), tmp_path / "ours") == 0
+  params = hf.parameters(tmp_path / "ours")
+  nope, rope, rank = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["kv_lora_rank"]
+  attention = "model.layers.3.self_attn."  # row 1 of the layers with experts: two come before them
+  up = tensors[f"{attention}q_b_proj.weight"].reshape(4, nope + rope, -1)
+  down = tensors[f"{attention}kv_a_proj_with_mqa.weight"]
+  query, key = params["layers/attention/query_up"][1], params["layers/attention/kv_down"][1]
+  np.testing.assert_array_equal(query[..., :nope], up[:, :nope].transpose(2, 0, 1))
+  np.testing.assert_array_equal(key[:, :rank], down[:rank].T)
+  for i in range(rope // 2):
+    for half in range(2):
+      np.testing.assert_array_equal(query[..., nope + half * rope // 2 + i], up[:, nope + 2 * i + half].T)
+      np.testing.assert_array_equal(key[:, rank + half * rope // 2 + i], down[rank + 2 * i + half])
+  np.testing.assert_array_equal(params["dense_layers/mlp/up"][1], tensors["model.layers.1.mlp.up_proj.weight"].T)
+  np.testing.assert_array_equal(
+    params["layers/mlp/down"][0, 5], tensors["model.layers.2.mlp.experts.5.down_proj.weight"].T
+  )
 
 
 # ---- what is wrong is one message, and leaves nothing
@@ -251,6 +272,13 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(host.arrays, "write_file", fail)
   refused(source, tmp_path, capsys, ["cannot be written", "No space left on device"])
   assert fired
+
+
+def test_what_a_killed_conversion_left_does_not_stay(llama, tmp_path):
+  (tmp_path / ".out.partial").mkdir()
+  (tmp_path / ".out.partial" / "half").write_text("half")
+  assert hf.to_ours(llama[0], tmp_path / "out") == 0
+  assert [p.name for p in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / "half").exists()
 
 
 def test_an_output_that_is_there_is_not_touched(llama, tmp_path, capsys):

@@ -4,18 +4,20 @@ Weights are a function of a tensor's name and shape, so that golden files hold l
 
     python -m tests.models.parity --write      # needs torch and transformers
 
-writes golden/<model>.json, its config.json and the names and shapes of its tensors as transformers saves them, and
-golden/<model>.npy, logits at `PLACES`. To add a model, add it to `MODELS` and write.
+writes golden/<model>.json: its config.json, the names and shapes of its tensors as transformers saves them, and the
+tokens that follow `PROMPT` greedily; and golden/<model>.npy: logits at `PLACES`. To add a model, add it to `MODELS` and
+write.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import pathlib
 import tempfile
 import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +32,21 @@ from tests.models import reference as ref
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 VOCAB, LENGTH = 96, 128
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
-         "max_position_embeddings": 512}  # fmt: skip
+         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-2,
+         "max_position_embeddings": LENGTH}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LATENT = {**SIZES, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "kv_lora_rank": 12, "qk_nope_head_dim": 8,
           "qk_rope_head_dim": 12, "v_head_dim": 10, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
-          "moe_intermediate_size": 24, "first_k_dense_replace": 1, "rope_theta": 500.0,
-          "rope_scaling": {**YARN, "beta_fast": 8.0, "beta_slow": 1.0, "mscale": 0.7, "mscale_all_dim": 0.9}}  # fmt: skip
+          "moe_intermediate_size": 24, "first_k_dense_replace": 1, "rope_theta": 30.0,
+          "rope_scaling": {**YARN, "beta_fast": 2.0, "beta_slow": 0.5, "mscale": 0.7, "mscale_all_dim": 0.9}}  # fmt: skip
 # Every kind of layer of a family, windows and original lengths shorter than the text, and no option at the value that
 # it would have if it were forgotten.
 MODELS = {
   "llama": {**SIZES, "model_type": "llama", "head_dim": 12, "attention_bias": True, "mlp_bias": True,
             "rope_theta": 300.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
-  "gpt2": {"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": LENGTH},
+  "gpt2": {"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": LENGTH, "layer_norm_epsilon": 1e-2,
+           "bos_token_id": None, "eos_token_id": None},
   "mistral": {**SIZES, "model_type": "mistral", "sliding_window": 7},
   "mixtral": {**SIZES, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None,
               "rope_theta": 700.0},
@@ -71,6 +74,7 @@ MODELS = {
 }  # fmt: skip
 # Rows of the batch: documents, and what is left is padding. The first is longer than all windows and original lengths.
 DOCUMENTS = ((LENGTH,), (77,), (40, 61, 20))
+PROMPT, NEW = 9, 32  # tokens of the first document, and those that follow
 PLACES = tuple((row, place) for row, places in enumerate(((0, 9, 64, 127), (30, 76), (0, 39, 40, 70, 120)))
                for place in places)  # fmt: skip
 
@@ -84,17 +88,23 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
   return np.round(draw * 16) / 16 * np.float32(2.0 ** round(1 - np.log2(shape[-1]) / 2))
 
 
+def documents() -> Iterator[tuple[int, int, int]]:
+  """(row, first place, length) of each document of the batch."""
+  for row, lengths in enumerate(DOCUMENTS):
+    for start, n in zip(np.cumsum((0, *lengths)), lengths):
+      yield row, int(start), n
+
+
 def batch() -> dict[str, np.ndarray]:
   """The batch of `DOCUMENTS`."""
   rng = np.random.RandomState(0)
   out = {key: np.zeros((len(DOCUMENTS), LENGTH), np.int32) for key in ("tokens", "segments", "positions")}
   out["targets"] = np.full_like(out["tokens"], -1)
-  for row, lengths in enumerate(DOCUMENTS):
-    for i, (start, n) in enumerate(zip(np.cumsum((0, *lengths)), lengths)):
-      here = (row, slice(start, start + n))
-      out["tokens"][here] = rng.randint(VOCAB, size=n)
-      out["targets"][row, start : start + n - 1] = out["tokens"][here][1:]
-      out["segments"][here], out["positions"][here] = i + 1, np.arange(n)
+  for i, (row, start, n) in enumerate(documents()):
+    here = (row, slice(start, start + n))
+    out["tokens"][here] = rng.randint(VOCAB, size=n)
+    out["targets"][row, start : start + n - 1] = out["tokens"][here][1:]
+    out["segments"][here], out["positions"][here] = i + 1, np.arange(n)
   return {**out, "rows": np.arange(len(DOCUMENTS), dtype=np.int32)}
 
 
@@ -102,7 +112,7 @@ def batch() -> dict[str, np.ndarray]:
 
 
 def program(config: dict, **more):
-  """The program of a config.json, without auxiliary losses."""
+  """The program of a config.json, without auxiliary losses; `more`: other options."""
   options = {f"model.{option}": value for option, value in families.options_of(config).items()}
   losses = dict.fromkeys(("loss.z_loss", "loss.balance_loss", "loss.router_z_loss"), 0.0)
   plain = {"model.compute_dtype": "float32", "remat.policy": "none", "data.length": LENGTH, "data.batch_size": 3}
@@ -141,62 +151,113 @@ def logits(program, params, batch) -> np.ndarray:
 # ---- golden files
 
 
-@functools.cache
-def golden(name: str) -> tuple[dict, dict[str, np.ndarray], np.ndarray]:
-  """config.json, weights, and logits [PLACES, V] of a model."""
-  stored = json.loads((GOLDEN / f"{name}.json").read_text())
-  return stored["config"], {n: weight(n, tuple(shape)) for n, shape in stored["tensors"].items()}, np.load(GOLDEN / f"{name}.npy")
+class Golden(NamedTuple):
+  """What golden files say of a model: config.json, shapes of tensors by name, greedy tokens, logits [PLACES, V]."""
+
+  config: dict
+  tensors: dict[str, list[int]]
+  greedy: list[int]
+  logits: np.ndarray
+
+  @property
+  def weights(self) -> dict[str, np.ndarray]:
+    return {name: weight(name, tuple(shape)) for name, shape in self.tensors.items()}
+
+
+def golden(name: str) -> Golden:
+  return Golden(**json.loads((GOLDEN / f"{name}.json").read_text()), logits=np.load(GOLDEN / f"{name}.npy"))
 
 
 # ---- theirs; torch and transformers are imported late
 
 
-def published(name: str, folder: str):
-  """The model in transformers; and its config.json and weights, as they are in the folder."""
-  import safetensors.numpy
-  import torch
-  import transformers
+class Published:
+  """A model in transformers, as loaded from the folder that it writes.
 
-  torch.set_num_threads(2)
-  options = dict(MODELS[name])
-  # Kimi's config.json names a class of its own code, which is this one.
-  kind = {"kimi_k2": "deepseek_v3"}.get(options["model_type"], options["model_type"])
-  config = transformers.AutoConfig.for_model(**{**options, "model_type": kind})
-  file = pathlib.Path(folder) / "model.safetensors"
-  transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-  tensors = {n: weight(n, value.shape) for n, value in safetensors.numpy.load_file(file).items()}
-  safetensors.numpy.save_file(tensors, file, {"format": "pt"})
-  auto = transformers.AutoModelForCausalLM.from_pretrained
-  model = auto(folder, dtype=torch.float32, attn_implementation="eager").eval()
-  saved = json.loads((pathlib.Path(folder) / "config.json").read_text())
-  return model, {**saved, "model_type": options["model_type"]}, tensors
+  Attributes:
+    model: float32. config, tensors: of the folder.
+  """
 
+  def __init__(self, name: str, folder: str):
+    import torch
+    import transformers
 
-def their_logits(model, batch) -> np.ndarray:
-  """float32 logits [B, T, V]: a row of one document as it is, padded on the right, and others each document alone."""
-  import torch
+    torch.set_num_threads(2)
+    transformers.utils.logging.disable_progress_bar()
+    options = dict(MODELS[name])
+    # A config.json of Kimi names this class with a model_type that transformers leaves to Kimi's own code.
+    kind = {"kimi_k2": "deepseek_v3"}.get(options["model_type"], options["model_type"])
+    config = transformers.AutoConfig.for_model(**{**options, "model_type": kind})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    self.tensors = {n: weight(n, value.shape) for n, value in saved(folder).items()}
+    save(folder, self.tensors)
+    auto = transformers.AutoModelForCausalLM.from_pretrained
+    self.model = auto(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    self.config = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    self.config |= {"model_type": options["model_type"], "transformers_version": ""}
 
-  out = np.zeros((*batch["tokens"].shape, VOCAB), np.float32)
-  for row, lengths in enumerate(DOCUMENTS):
-    for start, n in zip(np.cumsum((0, *lengths)), lengths):
-      end = LENGTH if len(lengths) == 1 else start + n
-      ids = torch.tensor(batch["tokens"][row : row + 1, start:end], dtype=torch.long)
-      mask = torch.tensor(batch["segments"][row : row + 1, start:end] > 0, dtype=torch.long)
+  def logits(self, batch) -> np.ndarray:
+    """float32 logits [B, T, V]: a row of one document as it is, padded on the right, others each document alone."""
+    import torch
+
+    out = np.zeros((*batch["tokens"].shape, VOCAB), np.float32)
+    for row, start, n in documents():
+      end = LENGTH if len(DOCUMENTS[row]) == 1 else start + n
+      ids, mask = (torch.tensor(x[row, None, start:end]).long() for x in (batch["tokens"], batch["segments"] > 0))
       with torch.no_grad():
-        out[row, start:end] = model(input_ids=ids, attention_mask=mask).logits.float().numpy()
-  return out
+        out[row, start:end] = self.model(input_ids=ids, attention_mask=mask).logits.float().numpy()
+    return out
+
+  def greedy(self, batch) -> list[int]:
+    import torch
+
+    ids = torch.tensor(batch["tokens"][:1, :PROMPT]).long()
+    made = self.model.generate(
+      ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0
+    )
+    return made[0, PROMPT:].tolist()
+
+  def loss_and_gradients(self, batch, folder: str) -> tuple[float, dict[str, np.ndarray]]:
+    """The mean cross-entropy over the targets, and its gradients by the names of the tensors. Ends the model."""
+    import torch
+
+    self.model.get_input_embeddings().padding_idx = None  # whose row would have no gradient
+    total = 0.0
+    for row, start, n in documents():
+      ids = torch.tensor(batch["tokens"][row, start : start + n]).long()
+      logits = self.model(input_ids=ids[None]).logits[0]
+      total = total + torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+    loss = total / int((batch["targets"] >= 0).sum())
+    loss.backward()
+    for parameter in self.model.parameters():
+      parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    self.model.save_pretrained(folder)  # takes gradients to the names of tensors, as it takes weights
+    return loss.item(), saved(folder)
+
+
+def saved(folder: str) -> dict[str, np.ndarray]:
+  import safetensors.numpy
+
+  return safetensors.numpy.load_file(pathlib.Path(folder) / "model.safetensors")
+
+
+def save(folder: str, tensors: dict[str, np.ndarray]) -> None:
+  import safetensors.numpy
+
+  safetensors.numpy.save_file(tensors, pathlib.Path(folder) / "model.safetensors", {"format": "pt"})
 
 
 def write() -> None:
   GOLDEN.mkdir(exist_ok=True)
   for name in MODELS:
     with tempfile.TemporaryDirectory() as folder:
-      model, config, tensors = published(name, folder)
-    found = their_logits(model, batch())
-    shapes = {n: list(value.shape) for n, value in tensors.items()}
-    (GOLDEN / f"{name}.json").write_text(json.dumps({"config": config, "tensors": shapes}) + "\n")
-    np.save(GOLDEN / f"{name}.npy", np.stack([found[place] for place in PLACES]))
-    print(f"{name}: {len(tensors)} tensors, logits within +-{np.abs(found).max():.2f}")
+      theirs = Published(name, folder)
+    logits = theirs.logits(batch())
+    shapes = {n: list(value.shape) for n, value in theirs.tensors.items()}
+    stored = {"config": theirs.config, "tensors": shapes, "greedy": theirs.greedy(batch())}
+    (GOLDEN / f"{name}.json").write_text(json.dumps(stored) + "\n")
+    np.save(GOLDEN / f"{name}.npy", np.stack([logits[place] for place in PLACES]))
+    print(f"{name}: {len(shapes)} tensors, logits within +-{np.abs(logits).max():.2f}")
 
 
 if __name__ == "__main__":

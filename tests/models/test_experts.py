@@ -95,7 +95,7 @@ def test_experts_and_their_gradients_are_those_of_gpt_oss():
     gate, up = (weight(wide[..., i::2], "experts", "embed", "mlp") for i in (0, 1))
     weights = experts.Weights(gate, up, weight(down, "experts", "mlp", "embed"), wide_bias[..., ::2],
                               wide_bias[..., 1::2], down_bias)  # fmt: skip
-    return experts.experts(x, gates, jnp.asarray(ids, jnp.int32), weights, "clamped_swiglu", 1.0)[0]
+    return experts.experts(x, gates, jnp.asarray(ids, jnp.int32), weights, "clamped_swiglu", 1.0, "sparse")[0]
 
   y, pull = jax.vjp(f, x, gates, *values)
   ref.assert_close(y, expected.detach().numpy())

@@ -464,7 +464,8 @@ def test_further_tokens_document_by_document(experts):
         tokens = batch["tokens"][row, start : start + n]
         alone = {"tokens": tokens[None], "segments": np.ones((1, n), np.int32), "positions": np.arange(n)[None]}
         h, more, _ = plain._layers(config, params, alone)
-        total, auxiliary = total + surprise(params, params["final_norm"], h, tokens, 1), auxiliary + more
+        h = norm(h, params["final_norm"])
+        total, auxiliary = total + surprise(params, h, tokens, 1), auxiliary + more
         for k in range(2):
           w = jax.tree.map(lambda a: a[k], params["mtp"])  # noqa: B023
           embedded = jnp.zeros((1, n, D)).at[0, : n - k - 1].set(3 * params["embedding"][tokens[k + 1 :]])
@@ -472,12 +473,13 @@ def test_further_tokens_document_by_document(experts):
             norm(h, w["hidden_norm"]) @ w["projection"][:D] + norm(embedded, w["embedding_norm"]) @ w["projection"][D:]
           )
           h, more, _ = plain._layer(config, w["layer"], x, alone, 2 + k)
-          total += 0.7 / 2 * surprise(params, w["final_norm"], h, tokens, k + 2)
+          h = norm(h, w["final_norm"])
+          total += 0.7 / 2 * surprise(params, h, tokens, k + 2)
           auxiliary += more
     return (total + auxiliary) / (batch["targets"] >= 0).sum()
 
-  def surprise(params, w, h, tokens, ahead):
-    log_p = jax.nn.log_softmax(norm(h[0, : len(tokens) - ahead], w) @ params["head"].T)
+  def surprise(params, h, tokens, ahead):
+    log_p = jax.nn.log_softmax(h[0, : len(tokens) - ahead] @ params["head"].T)
     return -sum(log_p[t, tokens[t + ahead]] for t in range(len(tokens) - ahead))
 
   def norm(x, w):

@@ -3,12 +3,13 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maxscale.config import Optimizer
-from maxscale.models.module import flatten
+from maxscale.models.module import flatten, nest
 from maxscale.optim import optimizer
 from tests.models import reference as ref
 from tests.optim import trees
@@ -127,7 +128,7 @@ RULES = {"adamw": adam, "lion": lion, "adafactor": adafactor, "muon": muon}
 
 @pytest.mark.parametrize("name", RULES)
 def test_updates_against_numpy(name):
-  """Padding included: it changes no number, and stays zero."""
+  """Padding changes no number, and stays zero; matrices are decayed, vectors are not."""
   run, params, states = started(name), {p: np.float64(x) for p, x in trees.values(0).items()}, {}
   for step in range(STEPS):
     run.take(gradients(step))
@@ -143,7 +144,7 @@ def test_updates_against_numpy(name):
   moments = {(kind, path) for (path, _), state in states.items() for kind in state}
   assert {f"{kind}/{path}" for kind, path in moments} | {"count"} == set(run.optimizer.specs)
   for kind, path in moments:
-    got = trees.logical(run.whole, run.specs)[f"{kind}/{path}"]
+    got = trees.logical(run.whole, run.specs)[f"optimizer/{kind}/{path}"]
     want = np.stack([states[path, i][kind] for i, _ in matrices(path, trees.values(0)[path])]).reshape(got.shape)
     ref.assert_close(got, want, 1e-5, f"{kind}/{path}")
   assert int(run.state["count"]) == STEPS
@@ -157,14 +158,6 @@ def test_muon_orthogonalises():
   after = np.asarray(run.tree["layers"]["mlp"]["up"])
   values = np.linalg.svd((before - after) / (0.2 * trees.D**0.5), compute_uv=False)
   assert values.shape == (trees.L, trees.E, trees.F) and 0.6 < values.min() < values.max() < 1.25
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_vectors_are_not_decayed_and_matrices_are(name):
-  run = started(name)
-  run.take({path: np.zeros_like(x) for path, x in trees.values(0).items()})
-  for path, value in trees.logical(flatten(run.tree), run.params).items():
-    ref.assert_close(value, trees.values(0)[path] * (1 - PEAK * 0.3 * (path in trees.MATRICES)), 1e-6, path)
 
 
 def test_adafactor_without_a_first_moment_has_no_memory_for_it():
@@ -181,20 +174,22 @@ COMBINATIONS = [(name, dtype) for name in RULES for dtype in ("float32", "bfloat
 
 @pytest.mark.parametrize(("name", "dtype"), COMBINATIONS)
 def test_the_state_has_a_path_a_spec_and_names_for_every_leaf(name, dtype):
-  run = started(name, state_dtype=dtype)
-  specs, state = run.optimizer.specs, flatten(run.state)
+  params = trees.specs()
+  made = optimizer.make(ref.config({"optimizer.name": name, "optimizer.state_dtype": dtype}), params)
+  abstract = nest({path: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for path, spec in params.items()})
+  specs, state = made.specs, flatten(jax.eval_shape(made.init, abstract))
   assert specs.keys() == state.keys()
   for path, spec in specs.items():
     assert (path, spec.shape, spec.dtype) == (spec.path, state[path].shape, str(state[path].dtype))
     assert len(spec.shape) == len(spec.logical) == len(spec.names)
     kind, _, parameter = path.partition("/")
     if parameter:
-      like = run.params[parameter]
+      like = params[parameter]
       assert spec.rows == like.rows and (not spec.rows or spec.names[0] == "layers")
       # names are those of the parameter, in its order, and sizes go with names
       sizes = dict(zip(like.names, like.shape))
       kept = [n for n in spec.names if n]
-      assert kept == [n for n in like.names if n in kept]
+      assert kept == [n for n in like.names if n in kept] and len(kept) >= len(spec.names) - 1
       assert "scale" in kind or all(sizes[n] == size for n, size in zip(spec.names, spec.shape) if n)
       low = parameter in trees.MATRICES and kind in ("mu", "nu", "trace", "ema")
       assert spec.dtype == ({"int8": "uint8" if kind == "nu" else "int8"}.get(dtype, dtype) if low else "float32")
@@ -202,7 +197,7 @@ def test_the_state_has_a_path_a_spec_and_names_for_every_leaf(name, dtype):
 
 
 def test_factored_moments_have_the_dimensions_of_rows_and_columns():
-  specs = started("adafactor").optimizer.specs
+  specs = optimizer.make(ref.config({"optimizer.name": "adafactor"}), trees.specs()).specs
   for path, shape, names in (
     ("v_row/layers/attention/out", (4, 4, 4), ("layers", "heads", "head_dim")),
     ("v_col/layers/attention/out", (4, 256), ("layers", "embed")),

@@ -17,11 +17,9 @@ L, D, N, H, E, F, V = 4, 256, 3, 4, 4, 24, 13
 # path -> names and logical sizes of one layer; of matrices, how many leading dimensions are inputs, behind experts
 SHAPES = {
   "embedding": (("vocab", "embed"), (V, D), 1),
-  "final_norm/scale": (("norm",), (D,), 0),
   "layers/attention/query": (("embed", "heads", "head_dim"), (D, N, H), 1),
   "layers/attention/query_bias": (("heads", "head_dim"), (N, H), 0),
   "layers/attention/out": (("heads", "head_dim", "embed"), (N, H, D), 2),
-  "layers/mlp/router": (("embed", None), (D, E), 1),
   "layers/mlp/up": (("experts", "embed", "mlp"), (E, D, F), 1),
   "layers/mlp/down": (("experts", "mlp", "embed"), (E, F, D), 1),
 }
@@ -100,11 +98,12 @@ class Run:
   @property
   def whole(self):
     """Parameters and state by path, padded."""
-    return {f"params/{p}": x for p, x in flatten(self.tree).items()} | flatten(self.state)
+    return flatten({"params": self.tree, "optimizer": self.state})
 
   @property
   def specs(self):
-    return {f"params/{p}": s for p, s in self.params.items()} | self.optimizer.specs
+    return {f"{group}/{path}": spec for group, specs in (("params", self.params), ("optimizer", self.optimizer.specs))
+            for path, spec in specs.items()}  # fmt: skip
 
   def as_program(self):
     """What `resume.leaves` wants of a program."""

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from maxscale.config import Model
 from maxscale.models.family import Family, Link
 
 # fmt: off
