@@ -66,8 +66,10 @@ def shrink(config: Config) -> Config:
   options = {
     **config_lib.scaled_down(config, 1, LAYERS, LENGTH),
     "run.simulated_devices": layouts.DEVICES, "model.vocab_size": VOCAB, "model.vocab_multiple": 8,
-    # a logit of the copy is small: what is left out of it must show
-    "model.attention_softcap": min(m.attention_softcap, 1.0), "model.logit_softcap": min(m.logit_softcap, 1.0),
+    # logits of the copy are small and its positions few: what is left out must show
+    "model.attention_softcap": min(m.attention_softcap, 0.5), "model.logit_softcap": min(m.logit_softcap, 1.0),
+    "model.rope_scaling": {key: min(value, LENGTH // 2) if key.startswith("original") else value
+                           for key, value in m.rope_scaling.items()},
     "model.dropout": 0.0, "model.quantize": {}, "lora.rank": 0, "optimizer.grad_reduce_dtype": "float32",
     "loss.chunk": min(config.loss.chunk, 16), "data.batch_size": BATCH, "data.length": LENGTH, "data.phases": [],
     "sharding.microbatches": min(s.microbatches, 2), "sharding.repeats": 1,

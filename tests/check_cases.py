@@ -19,7 +19,7 @@ from maxscale.step import Program
 from tests.models import reference as ref
 
 DENSE = {"model.layers": 6, "model.embed": 64, "model.heads": 8, "model.kv_heads": 4, "model.head_dim": 16,
-         "model.mlp": 128, "loss.z_loss": 0.1, "data.length": 64}  # fmt: skip
+         "model.mlp": 128, "model.compute_dtype": "float32", "loss.z_loss": 0.1, "data.length": 64}  # fmt: skip
 MOE = {**DENSE, "model.experts": 64, "model.experts_per_token": 3, "loss.balance_loss": 0.3, "loss.router_z_loss": 0.2}
 LATENT = {**MOE, "model.kv_heads": 0, "model.mla.kv_rank": 32, "model.moe.dense_layers": 2, "model.moe.groups": 8,
           "model.moe.groups_per_token": 4}  # fmt: skip

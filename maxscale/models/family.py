@@ -135,6 +135,8 @@ class Family:
     entries |= dict(self.expected) | self.write(model)
     # Reading back what would be written finds every option that the family has no word for.
     again = {**options(Model()), **self.options_of(entries)}
+    again |= {"kv_heads": again["kv_heads"] or again["heads"],
+              "head_dim": again["head_dim"] or again["embed"] // again["heads"]}  # fmt: skip
     unused = tuple(group for group, used in (("mla.", model.mla.kv_rank), ("moe.", model.experts)) if not used)
     unused += ("kv_heads", "head_dim") if model.mla.kv_rank else ()
     unused += () if model.experts else ("experts_per_token",)

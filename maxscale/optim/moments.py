@@ -54,18 +54,14 @@ def specs(moment: ParamSpec, dtype: str, rules: Rules | None) -> list[ParamSpec]
   if dtype != "int8":
     return [dataclasses.replace(moment, dtype=dtype)]
   blocks, inner = view(moment, dtype)
+  names, cut = list(blocks.names), inner - 1
+  if blocks.shape != moment.shape and not (rules and blocks.shape[cut] % rules.factor(names[cut], "state") == 0):
+    names[cut] = None
+  drop = lambda values: (*values[:inner], *values[inner + 1 :])  # noqa: E731
   kind, _, path = moment.path.partition("/")
-  drop = lambda values: values[:inner] + values[inner + 1 :]  # noqa: E731
   scale = dataclasses.replace(
-    moment,
-    path=f"{kind}_scale/{path}",
-    shape=drop(blocks.shape),
-    logical=drop(blocks.logical),
-    names=drop(blocks.names),
+    moment, path=f"{kind}_scale/{path}", shape=drop(blocks.shape), logical=drop(blocks.logical), names=drop(names)
   )
-  cut, count = inner - 1, blocks.shape[inner - 1]
-  if blocks.shape != moment.shape and not (rules and count % rules.factor(blocks.names[cut], "state") == 0):
-    scale = dataclasses.replace(scale, names=(*scale.names[:cut], None, *scale.names[inner:]))
   return [dataclasses.replace(moment, dtype="int8" if _signed(moment) else "uint8"), scale]
 
 

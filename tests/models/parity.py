@@ -17,7 +17,7 @@ import pathlib
 import tempfile
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +192,7 @@ class Published:
     self.tensors = {n: weight(n, value.shape) for n, value in saved(folder).items()}
     save(folder, self.tensors)
     auto = transformers.AutoModelForCausalLM.from_pretrained
-    self.model = auto(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    self.model: Any = auto(folder, dtype=torch.float32, attn_implementation="eager").eval()
     self.config = json.loads((pathlib.Path(folder) / "config.json").read_text())
     self.config |= {"model_type": options["model_type"], "transformers_version": ""}
 
@@ -222,7 +222,7 @@ class Published:
     import torch
 
     self.model.get_input_embeddings().padding_idx = None  # whose row would have no gradient
-    total = 0.0
+    total: Any = 0.0
     for row, start, n in documents():
       ids = torch.tensor(batch["tokens"][row, start : start + n]).long()
       logits = self.model(input_ids=ids[None]).logits[0]

@@ -69,7 +69,8 @@ STEPS = 4
 
 def started(name, **options):
   values = {**VALUES, "name": name, **options}
-  return trees.Run(**{f"optimizer__{key}": value for key, value in values.items()})
+  padded = {"heads": 80, "vocab": 16}  # more than the width, which is larger than the heads without padding
+  return trees.Run(padded=padded, **{f"optimizer__{key}": value for key, value in values.items()})
 
 
 def gradients(step):
