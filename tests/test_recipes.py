@@ -14,7 +14,13 @@ TRAINING = {
   "optimizer.warmup_steps": 2, "optimizer.learning_rate": 1e-2, "checkpoint.every": 100, "eval.every": 0, "log.every": 1,
   "log.tensorboard": False, "log.peak_tflops": 1, "model.compute_dtype": "float32",
 }  # fmt: skip
-PUBLISHED = {**checkpoints.LLAMA, "vocab_size": 300, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+PUBLISHED = {
+  **checkpoints.LLAMA,
+  "vocab_size": 300,
+  "hidden_size": 32,
+  "num_attention_heads": 4,
+  "intermediate_size": 64,
+}
 CHAT = [{"messages": [{"role": "user", "content": f"{n} and one?"}, {"role": "assistant", "content": f"It is {n + 1}."}]}
         for n in range(200)]  # fmt: skip
 

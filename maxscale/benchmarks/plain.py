@@ -59,12 +59,12 @@ def _rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
 def _layer(s: Shape, attention: Callable, batch: Tree, x: jax.Array, w: Tree) -> tuple[jax.Array, jax.Array]:
   c = {k: v.astype(x.dtype) for k, v in w.items()}
-  y = _norm(x, w["n1"], s.eps)
-  q = _rope(jnp.einsum("btd,dnh->btnh", y, c["q"]), batch["positions"], s.theta)
-  k = _rope(jnp.einsum("btd,dkh->btkh", y, c["k"]), batch["positions"], s.theta)
+  y = _norm(x, w["n1"], s.m.norm_eps)
+  q = _rope(jnp.einsum("btd,dnh->btnh", y, c["q"]), batch["positions"], s.m.rope_theta)
+  k = _rope(jnp.einsum("btd,dkh->btkh", y, c["k"]), batch["positions"], s.m.rope_theta)
   v = jnp.einsum("btd,dkh->btkh", y, c["v"])
   x = x + jnp.einsum("btnh,nhd->btd", attention(q, k, v, batch["segments"], batch["segments"]), c["o"])
-  y = _norm(x, w["n2"], s.eps)
+  y = _norm(x, w["n2"], s.m.norm_eps)
   if s.E:
     y, aux = _moe(s, y, w["router"], c)
     return x + y, aux
@@ -91,10 +91,10 @@ def _moe(s: Shape, x: jax.Array, router: jax.Array, c: Tree) -> tuple[jax.Array,
 
 
 def _loss(s: Shape, attention: Callable, z_loss: float, params: Tree, batch: Tree) -> jax.Array:
-  x = params["embed"].astype(s.dtype)[batch["tokens"]] * jnp.sqrt(s.D).astype(s.dtype)
+  x = params["embed"].astype(s.m.compute_dtype)[batch["tokens"]] * jnp.sqrt(s.D).astype(s.m.compute_dtype)
   x, aux = jax.lax.scan(lambda x, w: _layer(s, attention, batch, x, w), x, params["layers"])
-  head = params["head"].astype(s.dtype)
-  logits = jnp.einsum("btd,vd->btv", _norm(x, params["norm"], s.eps), head, preferred_element_type=jnp.float32)
+  head = params["head"].astype(s.m.compute_dtype)
+  logits = jnp.einsum("btd,vd->btv", _norm(x, params["norm"], s.m.norm_eps), head, preferred_element_type=jnp.float32)
   valid = batch["targets"] >= 0
   log_z = jax.nn.logsumexp(logits, -1)
   target = jnp.take_along_axis(logits, jnp.maximum(batch["targets"], 0)[..., None], -1)[..., 0]

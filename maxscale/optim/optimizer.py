@@ -3,6 +3,11 @@
 Optax states are tuples of named tuples; on disk, in rules and in fingerprints everything has a path, so the state
 is kept as {"mu/<parameter path>": ..., "nu/<parameter path>": ..., "count": ...}, by the names that Optax has for its
 moments. Moments of matrices are kept in optimizer.state_dtype; the others, which are small, in float32.
+
+  adamw      b1, b2 and eps are its own; decay is decoupled, here and in the others, and of matrices alone
+  adafactor  b1 averages updates (0: it has no such moment), b2 is the most that the decay of its squares becomes
+  lion       b1 and b2 are its own
+  muon       b1 is the momentum of matrices of layers; all else has AdamW's update
 """
 
 from __future__ import annotations
@@ -52,7 +57,7 @@ class Optimizer:
   """`update` maps (gradients, state, parameters, step) to (new parameters, new state); all nested dicts.
 
   Attributes:
-    params: the parameters.
+    params: the specs of the parameters.
     leaves: of each leaf of Optax's state, its spec, its dtype between steps, and the specs of the arrays that hold it.
     treedef: of Optax's state.
   """
@@ -121,7 +126,8 @@ def make(
 def _scaling(
   config: Config, params: dict[str, ParamSpec], mesh: jax.sharding.Mesh | None, rules: Rules | None
 ) -> optax.GradientTransformation:
-  """From gradients to updates of the size of AdamW's (Lion's are larger: its learning rate is 3 to 10 times smaller)."""
+  """From gradients to updates of the size of AdamW's (Lion's are larger: its learning rate is 3 to 10 times smaller,
+  Chen et al., arXiv 2302.06675)."""
   o = config.optimizer
   adam = optax.scale_by_adam(o.b1, o.b2, o.eps)
   if o.name == "lion":

@@ -16,5 +16,5 @@ def test_adapters(results, name):
 
 
 def test_targets_that_match_nothing_are_refused():
-  with pytest.raises(ConfigError, match="lora.targets='nothing' matches no weight"):
+  with pytest.raises(ConfigError, match=r"lora\.targets='nothing' matches no weight"):
     ref.program(ref.DENSE, lora__rank=2, lora__targets="nothing")
