@@ -66,6 +66,7 @@ class Mla:
   nope_dim: int = option(128, IDENTITY, "width of a head's queries and keys without rotary embedding")
   rope_dim: int = option(64, IDENTITY, "width of a head's rotary queries, and of the rotary key that heads share")
   v_dim: int = option(128, IDENTITY, "width of a head's values")
+  norm_eps: float = option(1e-6, IDENTITY, "epsilon of the norms of the latents")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +206,7 @@ class Optimizer:
   b1: float = option(0.9, SCHEDULE, "decay of the first moment")
   b2: float = option(0.95, SCHEDULE, "decay of the second moment")
   eps: float = option(1e-8, SCHEDULE, "epsilon of the update")
-  weight_decay: float = option(0.1, SCHEDULE, "decoupled weight decay of matrices (not of norms)")
+  weight_decay: float = option(0.1, SCHEDULE, "decoupled weight decay of matrices (not of norms and biases)")
   clip_norm: float = option(1.0, SCHEDULE, "global gradient norm is clipped to this; 0: never")
   qk_clip: float = option(0.0, SCHEDULE, "attention logit above which a head's query and key weights shrink; 0: never")
   offload: bool = option(False, RUNTIME, "the optimizer's moments live in host memory between steps")
@@ -689,6 +690,7 @@ def check(config: Config) -> None:
     _require(values[path] >= 1, f"{path}={values[path]} must be at least 1")
   for path in NOT_NEGATIVE:
     _require(values[path] >= 0, f"{path}={values[path]} must not be negative")
+  _require(config.optimizer.eps > 0, "optimizer.eps=0 divides by zero where a gradient is zero; set it above 0")
   for path in FRACTIONS:
     _require(0 <= values[path] < 1, f"{path}={values[path]} must be at least 0 and below 1")
   _check_model(config)

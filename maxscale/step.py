@@ -65,7 +65,7 @@ class Program:
 
   @functools.cached_property
   def optimizer(self) -> optimizer.Optimizer:
-    return optimizer.make(self.config, self.trained)
+    return optimizer.make(self.config, self.trained, self.mesh, self.rules)
 
   # ---- what the state is
 
@@ -143,7 +143,7 @@ class Program:
     if layers % (p * v):
       near = [n for n in (layers // (p * v) * p * v, -(-layers // (p * v)) * p * v) if n]
       raise ConfigError(
-        f"{layers} layers ({self._layers_text()}) are not divisible by mesh.pipeline={p} * sharding.repeats={v}; mesh.pipeline could be "
+        f"{self._layers_text()} is not divisible by mesh.pipeline={p} * sharding.repeats={v}; mesh.pipeline could be "
         f"{nearest_divisors(max(1, layers // v), p)}, or model.layers "
         f"{' or '.join(str(n + self.shape.L_dense) for n in near)}"
       )
@@ -164,7 +164,8 @@ class Program:
                         "on the device; use keep or recompute, or mesh.pipeline=1")  # fmt: skip
 
   def _layers_text(self) -> str:
-    return "model.layers" + (" less model.moe.dense_layers" if self.shape.L_dense else "")
+    first = self.shape.L_dense
+    return f"model.layers={self.shape.L}" + (f" less model.moe.dense_layers={first}" if first else "")
 
   # ---- the programs
 

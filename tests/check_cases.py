@@ -3,6 +3,7 @@ option, planted faults, each in a process that is right without it, and what the
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 from unittest import mock
@@ -63,9 +64,13 @@ MODELS = {
 
 
 @functools.cache
-def right(family):
-  """The check of the program as it is, of configs/tiny.py or tiny_moe.py."""
-  return check.Check(check.shrink(config_lib.load(f"configs/{family}.py")))
+def right(name, layers=1):
+  """The check of the program as it is, of configs/tiny.py, tiny_moe.py, or one of MODELS with few layers of each kind:
+  the compiler's time is most of it."""
+  if name not in MODELS:
+    return check.Check(check.shrink(config_lib.load(f"configs/{name}.py")))
+  with mock.patch.object(check, "LAYERS", layers):
+    return check.Check(check.shrink(ref.config(MODELS[name])))
 
 
 def caught(target, name, fault, family, mesh, smallest):
@@ -86,9 +91,7 @@ def caught(target, name, fault, family, mesh, smallest):
 
 
 def equal(model, mesh, layers=1):
-  """A model on a mesh, with few layers of each kind: the compiler's time is most of it."""
-  with mock.patch.object(check, "LAYERS", layers):
-    clean = check.Check(check.shrink(ref.config(MODELS[model])))
+  clean = right(model, layers)
   result = clean.compare(layouts.fitted(clean.config, layouts.parse(mesh)))
   assert result.equal, check.report(result)
 
@@ -143,13 +146,13 @@ def case_gradients_of_norms_miss_the_tokens_of_other_parts_of_a_sequence():
 
 def case_the_loss_is_a_mean_over_the_targets_of_a_device():
   def fault(real):
-    def pieces(self, step, scale):
+    def pieces(self, step, scale, *more):
       def head(outer, x, part):
         targets = part["targets"]
         count = jnp.maximum(jnp.sum(targets >= 0), 1) * (check.BATCH / len(targets))  # as if all had as many
-        return real(self, step, 1 / count).head(outer, x, part)
+        return real(self, step, 1 / count, *more).head(outer, x, part)
 
-      return pipeline.Pieces(real(self, step, scale).embed, real(self, step, scale).stage, head)
+      return dataclasses.replace(real(self, step, scale, *more), head=head)
 
     return pieces
 
@@ -159,9 +162,15 @@ def case_the_loss_is_a_mean_over_the_targets_of_a_device():
 
 def case_attention_ignores_segments():
   def fault(real):
-    return lambda q, k, q_segments, k_segments, offset: real(q, k, q_segments > 0, k_segments > 0, offset)
+    return lambda form, q, k, offset: real(form, (q[0], q[1] > 0), (k[0], k[1] > 0), offset)
 
   caught(attention, "_logits", fault, "tiny", "tensor=2", "one device")
+
+
+def case_a_window_has_a_key_more():
+  wider = lambda form: dataclasses.replace(form, window=form.window and form.window + 1)  # noqa: E731
+  fault = lambda real: lambda form, *arguments: real(wider(form), *arguments)  # noqa: E731
+  caught(attention, "_xla_forward", fault, "Gemma", "context=2", "one device")
 
 
 def case_a_microbatch_is_dropped():

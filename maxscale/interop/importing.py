@@ -48,7 +48,9 @@ def from_hf(folder: str, out: str, preset: str = "") -> work.Report:
   meter = work.Meter()
   with work.new_folder(out) as writing:
     source = Source(folder)
-    config, specs, tensors = _model(source, _config(source, out, preset))
+    config = _config(source, out, preset)
+    source.complete(families.get(config.model.family).links[0].theirs.partition(".")[0] + ".")
+    config, specs, tensors = _model(source, config)
     check(source, config, tensors)
     read, written = _write(source, config, specs, tensors, writing, meter)
   return meter.report(read, written)

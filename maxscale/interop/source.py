@@ -61,6 +61,11 @@ class Source:
     self.quantised = False
     self.tensors = self._put_together()
 
+  def complete(self, prefix: str) -> None:
+    """Gives names their first part, which a checkpoint of a model without its head lacks (the published GPT-2 is one)."""
+    if not any(name.startswith(prefix) for name in self.tensors):
+      self.tensors = {prefix + name: entry for name, entry in self.tensors.items()}
+
   def _read_config(self) -> dict[str, Any] | None:
     path = os.path.join(self.folder, "config.json")
     if not os.path.exists(path):

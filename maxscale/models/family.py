@@ -374,11 +374,11 @@ LATENT_FIELDS = {
   "tied_embeddings": "tie_word_embeddings", "mlp": "moe_intermediate_size", "experts": "n_routed_experts",
   "experts_per_token": "num_experts_per_tok", "mla.kv_rank": "kv_lora_rank", "mla.nope_dim": "qk_nope_head_dim",
   "mla.rope_dim": "qk_rope_head_dim", "mla.v_dim": "v_head_dim", "moe.scale": "routed_scaling_factor",
-  "moe.dense_layers": "first_k_dense_replace", "moe.dense_mlp": "intermediate_size",
+  "moe.dense_layers": "first_k_dense_replace", "moe.dense_mlp": "intermediate_size", "norm_eps": "rms_norm_eps",
 }
-# The published code and transformers normalise latents with 1e-6, whatever rms_norm_eps says.
+# rms_norm_eps is not that of the latents: published code and transformers normalise those with 1e-6, whatever it says.
 LATENT_EXPECTED = {
-  "hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "moe_layer_freq": 1, "rope_interleave": True,
+  "hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1, "rope_interleave": True,
 }
 # fmt: on
 

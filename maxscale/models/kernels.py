@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxscale.models import quantise
+from maxscale.models import grouped, quantise
 from maxscale.sharding import context as sharding
 
 Names = tuple[str | None, ...]
@@ -130,43 +130,52 @@ def own_rows(size: int, tokens: jax.Array, name: str | None = "vocab") -> tuple[
 GROUPED = "md,edf->mf"  # x, w and result of the grouped matmul, where m is a row of one e
 
 
-@custom_vjp
-def grouped_matmul(x: jax.Array, w: Weight, sizes: jax.Array) -> jax.Array:
+@functools.partial(custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(x: jax.Array, w: Weight, sizes: jax.Array, backend: str | None = None) -> jax.Array:
   """Row block e of x times w[e]: the experts' products, no row computed for an expert that it did not choose.
 
   Args:
     x: [M, D], rows sorted by expert. w: [E, D, F], used in x's dtype. sizes: int32 [E], rows of each expert; their
       sum is at most M: rows past it are finite in x, and anything in the result. A quantised w has one scale for a
       channel F of all its experts: a scale for each would be looked up for every row.
+    backend: "tpu" for its kernels, "interpret" to simulate them, "blocks" for loops over blocks of rows (of which XLA
+      makes a CPU's fastest), "xla" for its ragged products; None: as the platform has.
 
   Returns:
     [M, F] in the dtype of x.
   """
-  return _product(GROUPED, x, w, _by_group(sizes))
+  return _product(GROUPED, x, w, _by_group(sizes, backend))
 
 
-def _grouped_bwd(residuals: Any, dy: jax.Array) -> Any:
+def _grouped_bwd(backend: str | None, residuals: Any, dy: jax.Array) -> Any:
   x, w, sizes = residuals
-  return *_gradients(GROUPED, x, w, dy, _by_group(sizes)), None
+  return *_gradients(GROUPED, x, w, dy, _by_group(sizes, backend)), None
 
 
-grouped_matmul.defvjp(lambda x, w, sizes: (grouped_matmul(x, w, sizes), (x, w.residual(), sizes)), _grouped_bwd)
+grouped_matmul.defvjp(
+  lambda x, w, sizes, backend: (grouped_matmul(x, w, sizes, backend), (x, w.residual(), sizes)), _grouped_bwd
+)
 
 
-def _by_group(sizes: jax.Array) -> quantise.Multiply:
+def _by_group(sizes: jax.Array, backend: str | None) -> quantise.Multiply:
   """The products of a grouped matmul and of its gradients, for row blocks of these sizes."""
+  backend = backend or {"cpu": "blocks", "tpu": "tpu"}.get(sharding.platform(), "xla")
 
   def multiply(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    dtype, precision, cpu = jnp.dtype(dtype), _precision(a), sharding.platform() == "cpu"
+    dtype, precision = jnp.dtype(dtype), _precision(a)
     if spec == "md,mf->edf":
-      if cpu:
+      if backend == "blocks":
         return _blocks_outer(a, b, sizes, dtype)
-      dims = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
-      )
-      return jax.lax.ragged_dot_general(a, b, sizes, dims, precision, dtype)
+      if backend == "xla":
+        dims = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+        return jax.lax.ragged_dot_general(a, b, sizes, dims, precision, dtype)
+      if a.dtype.itemsize == 1:  # exact; kernels of fp8 only compile for some chips
+        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+      return grouped.outer(a, b, sizes, precision, backend).astype(dtype)
+    if backend in ("tpu", "interpret"):
+      return grouped.product(a, b, sizes, dtype, precision, spec != GROUPED, backend)
     b = b if spec == GROUPED else b.swapaxes(1, 2)
-    if cpu:
+    if backend == "blocks":
       return _blocks_forward(a, b, sizes, dtype)
     return jax.lax.ragged_dot(a, b, sizes, precision, dtype)
 

@@ -124,10 +124,10 @@ def _norm(config: Config, x: jax.Array, w: Tree) -> jax.Array:
   return _rms(config, x, w["scale"])
 
 
-def _rms(config: Config, x: jax.Array, scale: jax.Array) -> jax.Array:
+def _rms(config: Config, x: jax.Array, scale: jax.Array, eps: float | None = None) -> jax.Array:
   if config.model.norm == "rms_plus_one":
     scale = 1 + scale
-  return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + config.model.norm_eps) * scale
+  return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + (config.model.norm_eps if eps is None else eps)) * scale
 
 
 def _softcap(x: jax.Array, cap: float) -> jax.Array:
@@ -190,12 +190,14 @@ def _latent(config: Config, w: Tree, x: jax.Array, positions: jax.Array, local: 
   """The same of multi-head latent attention, with values [B, T, N, v_dim] (DeepSeek-AI, arXiv 2405.04434, 2.1)."""
   mla = config.model.mla
   if mla.q_rank:
-    q = jnp.einsum("btr,rnh->btnh", _rms(config, x @ w["query_down"], w["query_down_norm"]), w["query_up"])
+    q = jnp.einsum(
+      "btr,rnh->btnh", _rms(config, x @ w["query_down"], w["query_down_norm"], mla.norm_eps), w["query_up"]
+    )
   else:
     q = jnp.einsum("btd,dnh->btnh", x, w["query"])
   q, q_rope = q[..., : mla.nope_dim], q[..., mla.nope_dim :]
   latent, k_rope = jnp.split(x @ w["kv_down"], [mla.kv_rank], -1)
-  kv = jnp.einsum("btr,rnh->btnh", _rms(config, latent, w["kv_down_norm"]), w["kv_up"])
+  kv = jnp.einsum("btr,rnh->btnh", _rms(config, latent, w["kv_down_norm"], mla.norm_eps), w["kv_up"])
   k, v = kv[..., : mla.nope_dim], kv[..., mla.nope_dim :]
   q_rope, k_rope = (_rotate(config, y, positions, local) for y in (q_rope, k_rope[:, :, None]))
   k_rope = jnp.repeat(k_rope, q.shape[2], axis=2)  # one for all heads

@@ -56,8 +56,11 @@ class _Heads(Weights):
       k_positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k_segments.shape)
       cache = {"key": k, "value": v, "index": offset + q.shape[1]}
     if window and m.window_kind == "chunked":  # a chunk is a segment of its own
-      segments, k_segments = (a * 2**16 + b // window for a, b in ((segments, positions), (k_segments, k_positions)))
-    scale = (m.query_scale or s.H**-0.5) * rope.logit_factor(m.rope_scaling)
+      segments, k_segments = (jnp.where(a > 0, a * 2**16 + b // window, 0)
+                              for a, b in ((segments, positions), (k_segments, k_positions)))  # fmt: skip
+    # published code of latent attention alone multiplies the logits, too
+    factor = rope.logit_factor(m.rope_scaling) if m.mla.kv_rank else 1.0
+    scale = (m.query_scale or s.H**-0.5) * factor
     form = attention.Form(scale, m.attention_softcap, window if m.window_kind == "sliding" else 0)
     sinks = self.array("sinks") if m.attention_sinks else None
     o = attention.attention(q, k, v, segments, k_segments, sinks, form, offset, s.context)  # names what it keeps itself
@@ -65,7 +68,7 @@ class _Heads(Weights):
       head = sharding.shard_index("heads") * o.shape[2] + jnp.arange(o.shape[2])
       o = o * (head < s.N).astype(o.dtype)[:, None]
     y = self.biased(sharding.reduce(self.product("btnh,nhd->btd", o, "out"), "heads"), "out_bias")
-    seen = {"max_logit": attention.max_logits(q, k, segments, k_segments, form)} if watch else {}
+    seen = {"max_logit": attention.max_logits(q, k, segments, k_segments, form, s.context)} if watch else {}
     return checkpoint_name(y, "attention_out"), cache, seen
 
 
@@ -137,4 +140,4 @@ class LatentAttention(_Heads):
     return self.attend(q, k, v, batch, window, cache, watch)
 
   def _normalised(self, x: jax.Array, name: str) -> jax.Array:
-    return rms_norm(x, scale_of(self.shape, self.array(name)), self.shape.m.norm_eps)
+    return rms_norm(x, scale_of(self.shape, self.array(name)), self.shape.m.mla.norm_eps)

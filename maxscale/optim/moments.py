@@ -4,11 +4,11 @@ Both kinds are rounded at random, up or down with the probabilities that make th
 b2 * v + (1 - b2) * g**2 moves by less than half of a step of bfloat16 or of 8 bits: rounded to the nearest it would not
 move at all (Zamirai et al., arXiv 2010.06192; Xu et al., arXiv 2505.00347).
 
-int8: blocks of a matrix have a float32 scale, their largest absolute value (Dettmers et al., arXiv 2110.02861). The share that a
-value is of it becomes a small float, 3 bits of mantissa behind 4 bits of exponent for first moments, which have a sign,
-and 5 for second moments: relative steps of 1/8 to 1/16 (a logarithmic code, which Xu et al. find right for moments). An
-offset, the smallest of these floats, makes zero one of them. A second moment that is not zero never becomes zero, which
-would divide an update (Li et al., arXiv 2309.01507).
+int8: blocks of a matrix have a float32 scale, their largest absolute value (Dettmers et al., arXiv 2110.02861). The
+share that a value is of it becomes a small float, 3 bits of mantissa behind 4 bits of exponent for first moments, which
+have a sign, and 5 for second moments: relative steps of 1/8 to 1/16, about the logarithmic code that Xu et al. find
+right for second moments. An offset, the smallest of these floats, makes zero one of them. A second moment that is not
+zero never becomes zero, which would divide an update (Li et al., arXiv 2309.01507).
 """
 
 from __future__ import annotations

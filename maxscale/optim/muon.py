@@ -27,8 +27,8 @@ def orthogonalize(
   """Each matrix U S V' of the parameters in `specs` becomes about U V', times 0.2 sqrt(max(inputs, outputs)).
 
   That factor gives it the root mean square that AdamW's updates have, whose learning rates thus carry over (Liu et al.,
-  arXiv 2502.16982). The iterations multiply in `dtype`. On a mesh, updates are in role state, and the devices that split
-  them share the work: sharding.state (ZeRO-1) divides it over replicas, too.
+  arXiv 2502.16982). The iterations multiply in `dtype`. On a mesh, updates are in role state, and the devices that
+  split them share the work: sharding.state (ZeRO-1) divides it over replicas, too.
   """
 
   def run(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:

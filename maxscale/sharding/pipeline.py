@@ -306,7 +306,7 @@ class _Run:
     at = chunk * (self.rows // self.schedule.repeats)
 
     def add(path: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-      b = self._select(valid, b, _neutral(path))
+      b = self._select(valid, b, jnp.asarray(_neutral(path), b.dtype))
       if self.schedule.repeats == 1:
         return _added(path, a, b)
       old = jax.lax.dynamic_slice_in_dim(a, at, len(b), 0)

@@ -431,3 +431,14 @@ def test_a_preset_stands_for_config_json(tmp_path, monkeypatch, capsys):
   about = json.loads((tmp_path / "back/config.json").read_text())
   assert about["architectures"] == ["LlamaForCausalLM"] and about["dtype"] == "bfloat16"
   assert (about["bos_token_id"], about["eos_token_id"], about["max_position_embeddings"]) == (256, 257, 512)
+
+
+def test_names_without_their_first_part_as_the_published_gpt2_has_them(tmp_path):
+  config, tensors = hf.family("gpt2")
+  whole = hf.write(tmp_path / "whole", config, tensors)
+  short = {name.removeprefix("transformer."): x for name, x in tensors.items() if name != "lm_head.weight"}
+  assert len(short) > 10 and not any(name.startswith("transformer.") for name in short)
+  assert hf.to_ours(whole, tmp_path / "a") == 0
+  assert hf.to_ours(hf.write(tmp_path / "short", config, short), tmp_path / "b") == 0
+  a, b = (hf.parameters(tmp_path / name) for name in "ab")
+  assert a.keys() == b.keys() and all((a[path] == b[path]).all() for path in a)

@@ -314,7 +314,7 @@ def test_a_published_config_is_the_preset(name):
     ("deepseek_v2", "topk_method", "noaux_tc"), ("deepseek_v2", "scoring_func", "sigmoid"),
     ("deepseek_v2", "norm_topk_prob", True), ("deepseek_v3", "topk_method", "greedy"),
     ("deepseek_v3", "scoring_func", "softmax"), ("deepseek_v3", "moe_layer_freq", 2),
-    ("deepseek_v3", "attention_bias", True), ("deepseek_v3", "rms_norm_eps", 1e-5),
+    ("deepseek_v3", "attention_bias", True),
     ("deepseek_v3", "rope_interleave", False), ("gpt_oss", "swiglu_limit", 5.0), ("gpt_oss", "hidden_act", "gelu"),
   ],
 )  # fmt: skip

@@ -119,7 +119,7 @@ def case_what_crosses_devices():
 
 
 def case_an_int8_state_moves_to_another_mesh():
-  """Saved with blocks over two devices, restored with other stages, padding and experts; the next steps are the same."""
+  """Saved with blocks over two devices, restored with other stages, experts and padding; it goes on the same."""
   layouts = [FSDP_TENSOR, PIPELINE]
   first = trees.Run(8, **options("adamw", "int8"), **layouts[0])
   saved, folder = stepped(first), tempfile.mkdtemp()

@@ -9,7 +9,7 @@ from tests.models import reference as ref
 
 HEADS, KV, UP = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim"), ("rank", "heads", "head_dim")
 WIDE, NARROW = ("embed", "mlp"), ("mlp", "embed")
-# Names of one layer's dimensions -> what is expected: v a vector, m a matrix of Muon, a another matrix; inputs of a matrix.
+# Names of one layer's dimensions, and what is expected: v a vector, m a matrix of Muon, a another one; its inputs.
 OUTSIDE = {
   "embedding": (("vocab", "embed"), "a1"), "head": (("vocab", "embed"), "a1"), "positions": ((None, "embed"), "a1"),
   "final_norm/scale": (("norm",), "v"), "final_norm/bias": (("norm",), "v"),
@@ -35,7 +35,8 @@ DENSE = {
 }  # fmt: skip
 MOE = {
   "mlp/router": (("embed", None), "a1"), "mlp/router_bias": ((None,), "v"), "mlp/correction": ((None,), "v"),
-  "mlp/gate": (("experts", *WIDE), "m1"), "mlp/up": (("experts", *WIDE), "m1"), "mlp/down": (("experts", *NARROW), "m1"),
+  "mlp/gate": (("experts", *WIDE), "m1"), "mlp/up": (("experts", *WIDE), "m1"),
+  "mlp/down": (("experts", *NARROW), "m1"),
   "mlp/gate_bias": (("experts", "mlp"), "v"), "mlp/up_bias": (("experts", "mlp"), "v"),
   "mlp/down_bias": (("experts", None), "v"),
 }  # fmt: skip

@@ -47,7 +47,7 @@ FAMILY = Family(
   presets=PRESETS,
   fields=family.LATENT_FIELDS,
   defaults={
-    "tie_word_embeddings": False, "topk_method": GREEDY, "q_lora_rank": 1536, "n_shared_experts": 2,
+    "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "topk_method": GREEDY, "q_lora_rank": 1536, "n_shared_experts": 2,
     "routed_scaling_factor": 1.0, "first_k_dense_replace": 0,
   },
   expected=family.LATENT_EXPECTED | {"scoring_func": "softmax", "norm_topk_prob": False, "mlp_bias": False},

@@ -34,7 +34,7 @@ FAMILY = Family(
     "mtp": "num_nextn_predict_layers",
   },
   defaults={
-    "tie_word_embeddings": False, "q_lora_rank": 1536, "n_shared_experts": 1, "routed_scaling_factor": 2.5,
+    "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "q_lora_rank": 1536, "n_shared_experts": 1, "routed_scaling_factor": 2.5,
     "first_k_dense_replace": 3, "norm_topk_prob": True, "n_group": 8, "topk_group": 4, "num_nextn_predict_layers": 0,
   },
   expected=family.LATENT_EXPECTED | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},

@@ -28,7 +28,7 @@ FAMILY = Family(
     "moe.normalise": "norm_topk_prob", "moe.groups": "n_group", "moe.groups_per_token": "topk_group",
     "mtp": "num_nextn_predict_layers",
   },
-  defaults={"tie_word_embeddings": False, "num_nextn_predict_layers": 0},
+  defaults={"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "num_nextn_predict_layers": 0},
   expected=family.LATENT_EXPECTED | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
   read=family.read_latent,
   write=family.write_latent,

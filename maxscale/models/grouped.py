@@ -1,0 +1,194 @@
+"""Grouped products by Pallas kernels for TPU: rows sorted by group, each group with a matrix of its own.
+
+XLA's `ragged_dot` has no kernel for the gradient of the matrices: it multiplies all rows for every group.
+
+A visit is a tile of rows and a group that has rows in it. A kernel's grid is (tiles of the result's columns, visits),
+so that the matrix of a group stays in VMEM while its rows pass. Chips whose device has two cores (v4, v5p) give each of
+them half of the column tiles; with a single tile one would be idle.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+WIDTHS = range(128, 1025, 128)  # of tiles
+SCRATCH = 8 * 2**20  # bytes of VMEM that a kernel takes beside its windows: 0 to 4 MiB were seen
+
+
+def product(x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: Any, precision: Any, transposed: bool,
+            backend: str) -> jax.Array:  # fmt: skip
+  """Row block e of x [M, K] times w[e]: [M, N]. Rows past the sum of sizes hold anything.
+
+  Args:
+    w: [E, K, N], or [E, N, K] if transposed.
+    sizes: int32 [E].
+    backend: "tpu", or "interpret" to simulate it.
+  """
+  (m, k), n, chip, out_dtype = x.shape, w.shape[1 if transposed else 2], _chip(backend), jnp.dtype(dtype)
+  rows = min(m, chip.mxu_column_size)
+  # Of x a row is in VMEM, of w a column, or w would be read again for every row tile.
+  vmem = lambda width: _element(x) * k * (rows + width) + 2 * out_dtype.itemsize * rows * width  # noqa: E731
+  widths = _widths(chip, (n,), vmem)
+  if widths is None or x.dtype.itemsize == 1:
+    return jax.lax.ragged_dot(x, w.swapaxes(1, 2) if transposed else w, sizes, precision, out_dtype)
+  visits, count = Visits.of(sizes, m, rows)
+
+  def grouped_product(visits: Visits, x: Any, w: Any, out: Any) -> None:
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    y = jax.lax.dot_general(x[...], w[...], dims, precision, jnp.float32)
+    mine = visits.mine(pl.program_id(1), rows, y.shape)  # the others are of another visit of this tile
+    out[...] = jnp.where(mine, y, out[...].astype(jnp.float32)).astype(out_dtype)
+
+  (width,) = widths
+  tiles = pl.cdiv(n, width)
+  x_spec = pl.BlockSpec((rows, k), lambda j, v, visits: (visits.tile(v), 0))
+  if transposed:
+    w_spec = pl.BlockSpec((None, width, k), lambda j, v, visits: (visits.group[v], j, 0))
+  else:
+    w_spec = pl.BlockSpec((None, k, width), lambda j, v, visits: (visits.group[v], 0, j))
+  out_spec = pl.BlockSpec((rows, width), lambda j, v, visits: (visits.tile(v), j))
+  moved = tiles * x.nbytes + w.nbytes + m * n * out_dtype.itemsize
+  return _call(grouped_product, backend, (tiles, count), (x_spec, w_spec), out_spec, ((m, n), out_dtype),
+               vmem(width), 2 * m * k * n, moved, visits, x, w)  # fmt: skip
+
+
+def outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, precision: Any, backend: str) -> jax.Array:
+  """For each group the product of its rows of x [M, K], transposed, and dy [M, N]: float32 [E, K, N].
+
+  Args:
+    sizes, backend: as for `product`. Rows past their sum may hold anything.
+  """
+  (m, k), n, chip = x.shape, dy.shape[1], _chip(backend)
+  # A tile of the result is read and written at each visit, which takes long beside the product of few rows. A group
+  # ends inside of a tile, where the rest of it is wasted.
+  rows = min(m, next(r for r in (512, 256, 128) if r <= max(chip.mxu_column_size, m // sizes.size // 8)))
+  vmem = lambda a, b: _element(x) * rows * (a + b) + 2 * 4 * a * b  # noqa: E731
+  widths = _widths(chip, (k, n), vmem)
+  assert widths
+  tiles = [pl.cdiv(size, width) for size, width in zip((k, n), widths)]
+  visits, count = Visits.of(sizes, m, rows)
+
+  def grouped_outer(visits: Visits, x: Any, dy: Any, out: Any) -> None:
+    v = pl.program_id(1)
+    first = (v == 0) | (visits.group[v] != visits.group[jnp.maximum(v - 1, 0)])
+    whole = visits.whole(v, rows)
+
+    def add(x: jax.Array, dy: jax.Array) -> None:
+      dw = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), precision, jnp.float32)
+      out[...] = jnp.where(first, 0, out[...]) + dw
+
+    @pl.when(whole)
+    def _() -> None:
+      add(x[...], dy[...])
+
+    @pl.when(~whole)
+    def _() -> None:
+      own = lambda a: jnp.where(visits.mine(v, rows, a.shape), a[...].astype(jnp.float32), 0).astype(a.dtype)  # noqa: E731
+      add(own(x), own(dy))
+
+  x_spec = pl.BlockSpec((rows, widths[0]), lambda t, v, visits: (visits.tile(v), t // tiles[1]))
+  dy_spec = pl.BlockSpec((rows, widths[1]), lambda t, v, visits: (visits.tile(v), t % tiles[1]))
+  out_spec = pl.BlockSpec((None, *widths), lambda t, v, visits: (visits.group[v], t // tiles[1], t % tiles[1]))
+  out = (sizes.size, k, n), jnp.float32
+  moved = tiles[1] * x.nbytes + tiles[0] * dy.nbytes + 4 * math.prod(out[0])
+  return _call(grouped_outer, backend, (math.prod(tiles), count), (x_spec, dy_spec), out_spec, out, vmem(*widths),
+               2 * m * k * n, moved, visits, x, dy)  # fmt: skip
+
+
+def _call(kernel: Callable, backend: str, grid: tuple, in_specs: tuple, out_spec: pl.BlockSpec, out: tuple, vmem: int,
+          flops: int, moved: int, *operands: Any) -> jax.Array:  # fmt: skip
+  """The kernel on `operands`, of which the first are the visits; `moved`: bytes between HBM and VMEM."""
+  return pl.pallas_call(
+    kernel,
+    jax.ShapeDtypeStruct(*out),
+    grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_spec),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem + SCRATCH
+    ),
+    cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
+    interpret=backend == "interpret",
+    name=kernel.__name__,
+  )(*operands)
+
+
+# ---- visits
+
+
+class Visits(NamedTuple):
+  """Where the visits are: visit v is of row tile v + shift[group[v]].
+
+  Attributes:
+    group: int32, ascending; as long as there can be visits.
+    shift, start, end: int32 [E]; group e has the rows from start[e] to end[e].
+  """
+
+  group: Any
+  shift: Any
+  start: Any
+  end: Any
+
+  @classmethod
+  def of(cls, sizes: jax.Array, m: int, rows: int) -> tuple[Visits, jax.Array]:
+    """The visits of m rows in tiles of `rows`, and how many they are. A group without rows has one too."""
+    end = jnp.cumsum(sizes)
+    start = end - sizes
+    first = jnp.minimum(start, m - 1) // rows
+    behind = jnp.cumsum(jnp.where(sizes > 0, (end - 1) // rows - first + 1, 1))
+    before = jnp.concatenate([jnp.zeros_like(behind[:1]), behind[:-1]])
+    v = jnp.arange(pl.cdiv(m, rows) + sizes.size - 1)
+    group = jnp.searchsorted(behind, v, side="right", method="compare_all")
+    return cls(group.astype(jnp.int32), first - before, start, end), behind[-1]
+
+  def tile(self, v: Any) -> Any:
+    """The row tile of visit v."""
+    return v + self.shift[self.group[v]]
+
+  def mine(self, v: Any, rows: int, shape: tuple[int, ...]) -> jax.Array:
+    """Which rows of the tile of visit v, in an array of this shape, are those of its group."""
+    row = self.tile(v) * rows + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return (self.start[self.group[v]] <= row) & (row < self.end[self.group[v]])
+
+  def whole(self, v: Any, rows: int) -> Any:
+    """Whether all are."""
+    row = self.tile(v) * rows
+    return (self.start[self.group[v]] <= row) & (row + rows <= self.end[self.group[v]])
+
+
+# ---- tiles
+
+
+def _chip(backend: str) -> pltpu.TpuInfo:
+  """The TPU that is compiled for, or one to simulate."""
+  return pltpu.get_tpu_info() if backend == "tpu" else pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 2)
+
+
+def _element(x: jax.Array) -> int:
+  """Bytes of VMEM that an element of an operand takes: two buffers; in float32 also the parts that HIGHEST multiplies."""
+  return 4 if x.dtype == jnp.bfloat16 else 16
+
+
+def _widths(chip: pltpu.TpuInfo, sizes: tuple[int, ...], vmem: Callable[..., int]) -> tuple[int, ...] | None:
+  """Widths of the tile of a result with columns of these sizes; None if not even the smallest fits.
+
+  Its windows, of `vmem` bytes, take at most half of VMEM. Of those that fit, the one of least work: that of padding
+  and of an idle core counts, and a tile so narrow that reading it takes longer than its product counts as much more.
+  """
+  ridge = chip.bf16_ops_per_second / chip.mem_bw_bytes_per_second  # products of a row and matrix tile per byte of it
+
+  def work(tile: tuple[int, ...]) -> tuple[float, int]:
+    rounds = pl.cdiv(math.prod(pl.cdiv(n, width) for n, width in zip(sizes, tile)), chip.num_cores)
+    return rounds * math.prod(tile) * max(1, ridge * sum(1 / width for width in tile)), -math.prod(tile)
+
+  fitting = [
+    tile for tile in itertools.product(WIDTHS, repeat=len(sizes)) if vmem(*tile) <= chip.vmem_capacity_bytes // 2
+  ]
+  tile = min(fitting, key=work, default=None)
+  return tile and tuple(min(size, width) for size, width in zip(sizes, tile))
