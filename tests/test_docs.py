@@ -21,7 +21,7 @@ def test_a_family_is_added_by_following_the_page(tmp_path):
   for folder in ("maxscale", "tests"):
     shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
   path = re.search(r"`(maxscale/models/families/\w+\.py)`:", PAGE).group(1)
-  file, line, model = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+  file, line, model = re.findall(r"```(?:python)?\n(.*?)```", PAGE, re.DOTALL)
   (tmp_path / path).write_text(file)
   insert(tmp_path / "maxscale/models/families/__init__.py", "NAMES = (", line)
   insert(tmp_path / "tests/models/parity.py", "MODELS = {", model)

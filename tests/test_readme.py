@@ -34,7 +34,7 @@ def test_a_make_target_exists(command):
   subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", [c for c in PYTHON if "maxscale.train" in c and "--print_config" not in c])
+@pytest.mark.parametrize("command", [c for c in PYTHON if "train --config configs" in c and "--print_config" not in c])
 def test_the_options_of_a_command_are_right(command, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   words = shlex.split(command)
