@@ -12,12 +12,14 @@ def check(config: Config) -> None:
   """The checks that belong to a library of their own and need no device.
 
   Raises:
-    ConfigError: a source or the remat table is wrong.
+    UserError: a source, the remat table or the model's family is wrong.
   """
   from maxscale.data.sources import check_spec
-  from maxscale.models import remat
+  from maxscale.models import families, remat
 
   remat.table(config.remat)
+  if config.model.family:
+    families.get(config.model.family)
   for name, spec in config.data.sources.items():
     check_spec(name, spec)
 

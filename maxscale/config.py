@@ -20,6 +20,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import typing
 from typing import Any
 
@@ -695,6 +696,7 @@ def check(config: Config) -> None:
     _require(0 <= values[path] < 1, f"{path}={values[path]} must be at least 0 and below 1")
   _check_model(config)
   _check_schedule(config)
+  _check_lengths(config)
   _check_mesh(config)
   for name, action in config.remat.table.items():
     _require(action in REMAT_ACTIONS, f"remat.table.{name}={action!r} is not one of {', '.join(REMAT_ACTIONS)}")
@@ -731,10 +733,6 @@ def _check_model(config: Config) -> None:
     not m.mla.kv_rank or config.kv_heads == m.heads,
     f"model.kv_heads={m.kv_heads}: with latent attention (model.mla.kv_rank) every head has its own; set it to 0",
   )
-  _require(
-    not m.max_positions or all(p.length <= m.max_positions for p in phases(config.data)),
-    f"data.length is above model.max_positions={m.max_positions}, the learned positions that there are; lower it",
-  )
   for window in m.windows:
     _require(
       type(window) is int and window >= 0, f"model.windows={list(m.windows)} must hold numbers of keys, or 0 for all"
@@ -747,6 +745,22 @@ def _check_model(config: Config) -> None:
     "optimizer.qk_clip acts where logits are looked at, and on weights whose size is the logits': set log.monitor_every=1 "
     "(or more), and model.qk_norm=False",
   )
+  _require(not (config.optimizer.qk_clip and config.lora.rank), "optimizer.qk_clip changes weights that adapters are "
+           "trained beside (lora.rank); set one of them to 0")  # fmt: skip
+  _require(
+    not m.mla.kv_rank or not (m.qk_norm or m.qkv_bias),
+    "latent attention (model.mla.kv_rank) has neither model.qk_norm nor model.qkv_bias; set them to False",
+  )
+  _require(
+    bool(m.mla.kv_rank) or not m.mla.q_rank, f"model.mla.q_rank={m.mla.q_rank} has no effect without model.mla.kv_rank"
+  )
+  for name in ("dense_layers", "correction", "shared", "router_bias"):
+    _require(bool(m.experts) or not getattr(m.moe, name), f"model.moe.{name} has no effect without model.experts")
+  _require(m.moe.scale > 0 and config.lora.alpha > 0, "model.moe.scale and lora.alpha must be above 0")
+  try:
+    re.compile(config.lora.targets)
+  except re.error as e:
+    raise ConfigError(f"lora.targets={config.lora.targets!r} is no regular expression: {e}") from e
   if m.experts:
     _check_experts(m)
 
@@ -804,6 +818,18 @@ def _check_schedule(config: Config) -> None:
       f"a batch of {batch} is not divisible by sharding.microbatches={config.sharding.microbatches}; set it to "
       f"{nearest_divisors(batch, config.sharding.microbatches)}",
     )
+
+
+def _check_lengths(config: Config) -> None:
+  m, lengths = config.model, [p.length for p in phases(config.data)]
+  _require(
+    not m.max_positions or max(lengths) <= m.max_positions,
+    f"data.length={max(lengths)} is above model.max_positions={m.max_positions}, the learned positions that there are; "
+    "lower it",
+  )
+  _require(
+    m.mtp < min(lengths), f"model.mtp={m.mtp} is not below data.length={min(lengths)}, the tokens that there are"
+  )
 
 
 def _check_mesh(config: Config) -> None:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import re
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,7 @@ def generate(arguments: argparse.Namespace) -> str:
   tokenizer, vocab = assemble.vocabulary(config)
   program = assemble.build(config, vocab, sampling=True)
   found = resume.parameters(arguments.run, program, arguments.step)
+  _check_length(config, arguments, tokenizer)
   params, rest = found.state["params"], (arguments.tokens, arguments.temperature, arguments.seed)
   if not arguments.ids:
     return finish.sample(program, tokenizer, params, arguments.prompt, *rest)
@@ -58,6 +60,14 @@ def generate(arguments: argparse.Namespace) -> str:
   if ids.max() >= vocab:
     raise ConfigError(f"--ids has {ids.max()}, and the vocabulary {vocab} tokens")
   return ",".join(map(str, finish.sample_ids(program, params, ids, *rest)))
+
+
+def _check_length(config: Config, arguments: argparse.Namespace, tokenizer: Any) -> None:
+  limit = config.model.max_positions
+  given = len(arguments.ids.split(",")) if arguments.ids else 1 + len(tokenizer.encode(arguments.prompt))
+  if limit and given + arguments.tokens > limit:
+    raise ConfigError(f"a prompt of {given} tokens and --tokens {arguments.tokens} are more than the {limit} positions that "
+                      f"the model has; lower --tokens to {max(0, limit - given)}")  # fmt: skip
 
 
 def read_config(run_dir: str) -> Config:

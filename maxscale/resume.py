@@ -128,6 +128,29 @@ def restore_or_initialise(run: Any) -> tuple[Any, int]:
   return found.state, found.step
 
 
+def _check_source(source: str, config: Config) -> None:
+  """Refuses parameters that are not those of the config's model, whatever their shapes.
+
+  Raises:
+    ConfigError: names run.init_from and what differs.
+  """
+  from maxscale.generate import read_config
+
+  where = f"run.init_from={source}"
+  try:
+    old = read_config(source)
+  except ConfigError as e:
+    raise ConfigError(f"{where}: {e}") from e
+  changed = [f"{path} is {was!r} there, {now!r} here" for path, kind, was, now in config_lib.differences(old, config)
+             if kind == IDENTITY and path.startswith("model.")]  # fmt: skip
+  if changed:
+    raise ConfigError(f"{where} holds another model: {', '.join(changed)}; begin with its own config, --config "
+                      f"{source}/config.json")  # fmt: skip
+  if old.lora.rank:
+    raise ConfigError(f"{where} holds adapters (lora.rank={old.lora.rank}) beside a base; python -m maxscale.convert puts "
+                      "them into the weights: convert it to hf and back, and begin with that")  # fmt: skip
+
+
 def parameters(
   run_dir: str, program: Any, step: int | None = None, wanted: Callable[[str], bool] = lambda path: True
 ) -> Any:
@@ -150,6 +173,7 @@ def _begin(run: Any) -> Any:
 
   program, source, given = run.program, run.config.run.init_from, None
   if source:
+    _check_source(source, run.config)
     with run.log.state("restore"):
       found = parameters(source, program, wanted=lambda path: not path.endswith(ADAPTERS))
       given = found.state["params"]

@@ -112,10 +112,12 @@ class Program:
     s, m = self.shape, self.config.sharding.microbatches
     self._check_stages()
     weights = {re.sub(r"^(mtp/layer|dense_layers|layers)/", "", path) for path in self.skeleton.specs}
+    others = ("_bias", "_norm", "scale", "bias", "sinks", "router", "correction", "projection", *module.ADAPTERS)
+    weights = {weight for weight in weights if "/" in weight and not weight.endswith(others)}
     for pattern in self.config.model.quantize:
       if not any(re.fullmatch(pattern, weight) for weight in weights):
-        raise ConfigError(f"model.quantize has {pattern!r}, which no weight is called; weights are called as "
-                          "attention/query and mlp/up")  # fmt: skip
+        raise ConfigError(f"model.quantize has {pattern!r}, which no weight of a product is called; they are "
+                          f"{', '.join(sorted(weights))}")  # fmt: skip
     experts = self.rules.factor("experts", "compute")
     if experts > max(1, s.E):
       raise ConfigError(f"mesh.expert={experts} is more than model.experts={s.E}; lower it to {max(1, s.E)}, and give its "
@@ -406,7 +408,7 @@ class Program:
       "skipped": state["skipped"] + ~good,
     }
     metrics = self._metrics(state["step"], total, sums, targets, norm, new["skipped"])
-    if self.config.log.monitor_every:
+    if self.config.log.monitor_every and "layers" in trained:
       order = np.argsort(self.skeleton.specs["layers/attention_norm/scale"].rows)
       metrics |= monitor.layers(trained, params, grads, order)
     return new, metrics
@@ -417,6 +419,8 @@ class Program:
 
   def _corrections(self, params: Tree, sums: Tree) -> Tree:
     """The biases that balance the experts, after a step, by path."""
+    if self.config.lora.rank:  # what adapters are trained beside stays as it is
+      return {}
     flat, rate = module.flatten(params), self.config.model.moe.correction_rate
     paths = {"layers": "layers/mlp/correction", "mtp": "mtp/layer/mlp/correction"}
     return {path: router.corrected(flat[path], sums[stack]["expert_tokens"], rate)

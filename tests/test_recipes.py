@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from maxscale import convert
+from maxscale import convert, generate, resume
+from maxscale.config import ConfigError
 from tests import runs
 from tests.interop import checkpoints
 
@@ -61,6 +62,8 @@ def test_adapters_on_conversations_leave_the_base_as_it_was(converted, tmp_path)
   before, after = runs.fingerprint(converted, 0), runs.fingerprint(tmp_path / "run", TRAINING["run.steps"])
   assert all(after[path] == before[path] for path in before)
   adapters = {path for path in after if path.endswith(("_a", "_b")) and path.startswith("params/")}
+  with pytest.raises(ConfigError, match=r"holds adapters \(lora.rank=8\)"):
+    resume._check_source(str(tmp_path / "run"), generate.read_config(str(tmp_path / "run")))
   assert len(adapters) == 14 and adapters | before.keys() == {path for path in after if path.startswith("params/")}
 
 
@@ -68,6 +71,6 @@ def test_a_model_of_another_shape_is_refused(converted, tmp_path):
   own = {"run.dir": tmp_path / "run", "run.init_from": converted, "model.mlp": 96}
   arguments = ["--config", str(converted / "config.json"), *(f"--config.{k}={v}" for k, v in (TRAINING | own).items())]
   with runs.Process(arguments, tmp_path) as process:
-    output = process.finish(1)
-  assert "params/layers/mlp" in output and "change the model config to the checkpoint's" in output
+    output = process.finish(2)
+  assert f"run.init_from={converted} holds another model: model.mlp is 64 there, 96 here" in output
   assert "Traceback" not in output

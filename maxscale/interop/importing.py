@@ -62,7 +62,7 @@ def _config(source: Source, out: str, preset: str) -> Config:
   options = families.find_preset(preset) if preset else families.options_of(source.config or {})
   tokenizer = next((n for n in ("tokenizer.json", "tokenizer.model") if n in os.listdir(source.folder)), "")
   tree = {
-    "run": {"name": os.path.basename(os.path.normpath(out)), "dir": out},
+    "run": {"name": os.path.basename(os.path.normpath(out))},
     "model": family.nested(options),
     "data": {"tokenizer": os.path.join(out, tokenizer) if tokenizer else "bytes"},
   }

@@ -1,10 +1,22 @@
 """Grouped products by Pallas kernels for TPU: rows sorted by group, each group with a matrix of its own.
 
-XLA's `ragged_dot` has no kernel for the gradient of the matrices: it multiplies all rows for every group.
+XLA's `ragged_dot` has no kernel for the gradient of the matrices: it multiplies all rows for every group. JAX's
+megablox has, but of VMEM only the default 16 MiB, a search for its tiles of 120 to 140 thousand cycles where the one
+here takes 9 thousand, and a mask on every tile.
 
 A visit is a tile of rows and a group that has rows in it. A kernel's grid is (tiles of the result's columns, visits),
 so that the matrix of a group stays in VMEM while its rows pass. Chips whose device has two cores (v4, v5p) give each of
 them half of the column tiles; with a single tile one would be idle.
+
+What a visit takes at D 4096, F 2048, in bundles of instructions (libtpu 0.0.42, bfloat16), where the matrix unit alone
+needs at least the cycles behind the stroke:
+
+                                                      v5p          v6e          tpu7x
+  product, 128 rows (v5p) or 256                      7548/8192    9024/8192    3127/4096
+  product transposed                                  7324/8192    4496/4096    3403/4096
+  outer, 128 or 256 rows                              2127/2048    1558/1024    1622/1024
+  outer, 256 or 512 rows                              4030/4096    2730/2048    2130/2048
+  megablox's outer (tgmm), tile 512 x 1024 x 1024                  3988/2048    3300/2048
 """
 
 from __future__ import annotations
@@ -19,9 +31,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-WIDTHS = range(128, 1025, 128)  # of tiles
-SCRATCH = 8 * 2**20  # bytes of VMEM that a kernel takes beside its windows: 0 to 4 MiB were seen
-
 
 def product(x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: Any, precision: Any, transposed: bool,
             backend: str) -> jax.Array:  # fmt: skip
@@ -33,10 +42,12 @@ def product(x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: Any, precision:
     backend: "tpu", or "interpret" to simulate it.
   """
   (m, k), n, chip, out_dtype = x.shape, w.shape[1 if transposed else 2], _chip(backend), jnp.dtype(dtype)
+  # Wider row tiles would not be faster: the next group's matrix is read during one visit, which takes as long as the
+  # products of 100 to 600 rows, and at its end a group wastes half a tile on average.
   rows = min(m, chip.mxu_column_size)
-  # Of x a row is in VMEM, of w a column, or w would be read again for every row tile.
+  # Of x a whole row is in VMEM, of w a whole column, or w would be read again at every visit.
   vmem = lambda width: _element(x) * k * (rows + width) + 2 * out_dtype.itemsize * rows * width  # noqa: E731
-  widths = _widths(chip, (n,), vmem)
+  widths = _widths(chip, (n,), 2048, vmem)
   if widths is None or x.dtype.itemsize == 1:
     return jax.lax.ragged_dot(x, w.swapaxes(1, 2) if transposed else w, sizes, precision, out_dtype)
   visits, count = Visits.of(sizes, m, rows)
@@ -67,12 +78,13 @@ def outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, precision: Any, backend
     sizes, backend: as for `product`. Rows past their sum may hold anything.
   """
   (m, k), n, chip = x.shape, dy.shape[1], _chip(backend)
-  # A tile of the result is read and written at each visit, which takes long beside the product of few rows. A group
-  # ends inside of a tile, where the rest of it is wasted.
-  rows = min(m, next(r for r in (512, 256, 128) if r <= max(chip.mxu_column_size, m // sizes.size // 8)))
+  # The result is read and written at each visit, long beside the product of few rows; but the last rows of a tile
+  # are wasted where its group ends.
+  side = chip.mxu_column_size
+  rows = min(m, 2 * side if m // sizes.size >= 4 * side else side)
   vmem = lambda a, b: _element(x) * rows * (a + b) + 2 * 4 * a * b  # noqa: E731
-  widths = _widths(chip, (k, n), vmem)
-  assert widths
+  widths = _widths(chip, (k, n), 1024, vmem)
+  assert widths, "tiles of the least width fit in any VMEM"
   tiles = [pl.cdiv(size, width) for size, width in zip((k, n), widths)]
   visits, count = Visits.of(sizes, m, rows)
 
@@ -101,6 +113,9 @@ def outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, precision: Any, backend
   moved = tiles[1] * x.nbytes + tiles[0] * dy.nbytes + 4 * math.prod(out[0])
   return _call(grouped_outer, backend, (math.prod(tiles), count), (x_spec, dy_spec), out_spec, out, vmem(*widths),
                2 * m * k * n, moved, visits, x, dy)  # fmt: skip
+
+
+SCRATCH = 8 * 2**20  # bytes of VMEM that a kernel may take beside its windows; 0 to 4 MiB were seen
 
 
 def _call(kernel: Callable, backend: str, grid: tuple, in_specs: tuple, out_spec: pl.BlockSpec, out: tuple, vmem: int,
@@ -137,7 +152,7 @@ class Visits(NamedTuple):
 
   @classmethod
   def of(cls, sizes: jax.Array, m: int, rows: int) -> tuple[Visits, jax.Array]:
-    """The visits of m rows in tiles of `rows`, and how many they are. A group without rows has one too."""
+    """The visits of m rows in tiles of `rows`, and how many they are. A group without rows has one: its product is 0."""
     end = jnp.cumsum(sizes)
     start = end - sizes
     first = jnp.minimum(start, m - 1) // rows
@@ -175,20 +190,19 @@ def _element(x: jax.Array) -> int:
   return 4 if x.dtype == jnp.bfloat16 else 16
 
 
-def _widths(chip: pltpu.TpuInfo, sizes: tuple[int, ...], vmem: Callable[..., int]) -> tuple[int, ...] | None:
-  """Widths of the tile of a result with columns of these sizes; None if not even the smallest fits.
+def _widths(chip: pltpu.TpuInfo, sizes: tuple[int, ...], most: int, vmem: Callable[..., int]) -> tuple[int, ...] | None:
+  """Widths, up to `most`, of the tile of a result with columns of these sizes; None if not even the smallest fits.
 
   Its windows, of `vmem` bytes, take at most half of VMEM. Of those that fit, the one of least work: that of padding
   and of an idle core counts, and a tile so narrow that reading it takes longer than its product counts as much more.
   """
-  ridge = chip.bf16_ops_per_second / chip.mem_bw_bytes_per_second  # products of a row and matrix tile per byte of it
+  side = chip.mxu_column_size
+  ridge = chip.bf16_ops_per_second / chip.mem_bw_bytes_per_second
 
   def work(tile: tuple[int, ...]) -> tuple[float, int]:
     rounds = pl.cdiv(math.prod(pl.cdiv(n, width) for n, width in zip(sizes, tile)), chip.num_cores)
     return rounds * math.prod(tile) * max(1, ridge * sum(1 / width for width in tile)), -math.prod(tile)
 
-  fitting = [
-    tile for tile in itertools.product(WIDTHS, repeat=len(sizes)) if vmem(*tile) <= chip.vmem_capacity_bytes // 2
-  ]
-  tile = min(fitting, key=work, default=None)
+  tiles = itertools.product(range(side, most + 1, side), repeat=len(sizes))
+  tile = min((tile for tile in tiles if vmem(*tile) <= chip.vmem_capacity_bytes // 2), key=work, default=None)
   return tile and tuple(min(size, width) for size, width in zip(sizes, tile))

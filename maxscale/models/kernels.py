@@ -144,7 +144,11 @@ def grouped_matmul(x: jax.Array, w: Weight, sizes: jax.Array, backend: str | Non
   Returns:
     [M, F] in the dtype of x.
   """
-  return _product(GROUPED, x, w, _by_group(sizes, backend))
+  return _grouped_fwd(x, w, sizes, backend)[0]
+
+
+def _grouped_fwd(x: jax.Array, w: Weight, sizes: jax.Array, backend: str | None) -> Any:
+  return _product(GROUPED, x, w, _by_group(sizes, backend)), (x, w.residual(), sizes)
 
 
 def _grouped_bwd(backend: str | None, residuals: Any, dy: jax.Array) -> Any:
@@ -152,9 +156,7 @@ def _grouped_bwd(backend: str | None, residuals: Any, dy: jax.Array) -> Any:
   return *_gradients(GROUPED, x, w, dy, _by_group(sizes, backend)), None
 
 
-grouped_matmul.defvjp(
-  lambda x, w, sizes, backend: (grouped_matmul(x, w, sizes, backend), (x, w.residual(), sizes)), _grouped_bwd
-)
+grouped_matmul.defvjp(_grouped_fwd, _grouped_bwd)
 
 
 def _by_group(sizes: jax.Array, backend: str | None) -> quantise.Multiply:

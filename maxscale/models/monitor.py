@@ -42,7 +42,8 @@ def qk_clip(shape: Shape, limit: float, params: Tree, largest: dict[str, jax.Arr
     return params
   flat = flatten(params)
   for stack, logits in largest.items():
-    factor = jnp.minimum(1.0, limit / jnp.maximum(logits, 1e-30))
+    # after a step that was skipped logits may be no numbers; they say nothing of the weights
+    factor = jnp.where(jnp.isfinite(logits), jnp.minimum(1.0, limit / jnp.maximum(logits, 1e-30)), 1.0)
     for path, scale in _scales(shape, factor).items():
       if f"{stack}/attention/{path}" in flat:
         flat[f"{stack}/attention/{path}"] *= scale

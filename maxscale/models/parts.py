@@ -103,8 +103,8 @@ class Weights(nnx.Module):
     (xs, ws), ys = spec.split("->")[0].split(","), spec.split("->")[1]
     kept, inputs, outputs = ("".join(c for c in a if (c in b) == both) for a, b, both in
                              ((xs, ws, False), (ws, ys, False), (ws, ys, True)))  # fmt: skip
-    low = kernels.matmul(f"{xs},{inputs}r->{kept}r", x, self.weight(f"{name}_a", x.dtype, region))
-    more = kernels.matmul(f"{kept}r,r{outputs}->{ys}", low, self.weight(f"{name}_b", x.dtype, region))
+    low = kernels.matmul(f"{xs},{inputs}z->{kept}z", x, self.weight(f"{name}_a", x.dtype, region))
+    more = kernels.matmul(f"{kept}z,z{outputs}->{ys}", low, self.weight(f"{name}_b", x.dtype, region))
     return y + (self.shape.lora.alpha / self.shape.lora.rank) * more
 
   def biased(self, x: jax.Array, name: str) -> jax.Array:

@@ -64,6 +64,16 @@ def test_a_limit_of_zero_leaves_all_as_it_is():
   assert monitor.qk_clip(program.shape, 0.0, params, {"layers": jnp.ones((2, 4))}) is params
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_change_nothing(bad):
+  program = ref.program(ref.DENSE)
+  params = ref.initial(program)["params"]
+  found = monitor.qk_clip(program.shape, 3.0, params, {"layers": jnp.full((2, 4), bad).at[0, 0].set(6.0)})
+  before, after = np.asarray(params["layers"]["attention"]["query"]), found["layers"]["attention"]["query"]
+  np.testing.assert_allclose(after[0, :, 0], before[0, :, 0] / 2)
+  np.testing.assert_array_equal(after[:, :, 1:], before[:, :, 1:])
+
+
 def test_norms_of_layers_by_hand():
   program = ref.program(ref.DENSE, log__monitor_every=1, optimizer__clip_norm=0.0)
   state, batch = ref.initial(program), ref.batch()

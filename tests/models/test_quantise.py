@@ -124,11 +124,13 @@ def test_matmul_and_its_gradients(spec, kind):
     ref.assert_close(actual, wanted, 1e-5, what)
 
 
-@pytest.mark.parametrize("kind", quantise.KINDS)
-def test_grouped_matmul_and_its_gradients(kind):
+@pytest.mark.parametrize(
+  "kind, backend", [*((kind, None) for kind in quantise.KINDS), ("int8", "interpret"), ("fp8", "interpret")]
+)
+def test_grouped_matmul_and_its_gradients(kind, backend):
   m, rows = sum(SIZES), sum(SIZES) + 3  # the last rows are of no expert
   x, w = mostly_positive(rows, 16), mostly_positive(4, 16, 8, seed=1)
-  y, dy, dx, dw = gradients(lambda x, w: kernels.grouped_matmul(x, weight(w, kind), jnp.int32(SIZES)), x, w)
+  y, dy, dx, dw = gradients(lambda x, w: kernels.grouped_matmul(x, weight(w, kind), jnp.int32(SIZES), backend), x, w)
   backward, dy64 = "int8" if kind.startswith("int8") else E5M2, np.asarray(dy, np.float64)
   x_values, x_scale = rounded(x, axes_of(kind, x, (1,)), forward_dtype(kind))
   w_values, w_scale = rounded(w, axes_of(kind, w, (0, 1)), forward_dtype(kind))  # the experts share their scales
@@ -352,12 +354,12 @@ def tpu():
 def test_a_tpu_multiplies_what_was_quantised(tpu, chip):
   """A dense product reads 8 bits on every chip; the kernel of a grouped one only where the chip multiplies them."""
   int8, fp8 = tpu[f"{chip} int8"], tpu[f"{chip} fp8_tensor"]
-  assert int8["matmul"] == ["bf16*bf16", "bf16*bf16", "s8*s8", "s8*s8"]  # dw, grouped and dense; y and dx
+  assert int8["matmul"] == ["bf16*bf16", "s8*s8", "s8*s8"]  # dw, y and dx of the dense one
   e4m3, e5m2 = "f8e4m3fn", "f8e5m2"
-  assert fp8["matmul"] == [f"{e4m3}*{e4m3}", f"{e4m3}*{e5m2}", f"{e4m3}*{e5m2}", f"{e5m2}*{e4m3}"]
-  emulated = ["f32*f32", "f32*f32"]
-  assert int8["kernel"] == (emulated if chip == "tpu7x" else ["s8*s8", "s8*s8"])
-  assert fp8["kernel"] == ([f"{e4m3}*{e4m3}", f"{e5m2}*{e4m3}"] if chip == "tpu7x" else emulated)
+  assert fp8["matmul"] == [f"{e4m3}*{e4m3}", f"{e4m3}*{e5m2}", f"{e5m2}*{e4m3}"]
+  dw, emulated = "bf16*bf16", ["f32*f32", "f32*f32"]
+  assert int8["kernel"] == [dw, *(emulated if chip == "tpu7x" else ["s8*s8", "s8*s8"])]
+  assert fp8["kernel"] == [dw, *([f"{e4m3}*{e4m3}", f"{e5m2}*{e4m3}"] if chip == "tpu7x" else emulated)]
 
 
 if __name__ == "__main__":
