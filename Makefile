@@ -29,7 +29,8 @@ test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
 
 test-interop: .venv/installed-interop
-	$(BIN)/python -m pytest tests/interop tests/models/test_parity.py
+	$(BIN)/python -m pytest tests/interop tests/models/test_parity.py tests/models/test_plain.py tests/models/test_rope.py \
+	  tests/models/test_router.py tests/models/test_experts.py tests/data/test_data_chat.py tests/test_docs.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

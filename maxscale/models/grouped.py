@@ -1,8 +1,8 @@
 """Grouped products by Pallas kernels for TPU: rows sorted by group, each group with a matrix of its own.
 
 XLA's `ragged_dot` has no kernel for the gradient of the matrices: it multiplies all rows for every group. JAX's
-megablox has, but of VMEM only the default 16 MiB, a search for its tiles of 120 to 140 thousand cycles where the one
-here takes 9 thousand, and a mask on every tile.
+megablox has, but with the default 16 MiB of VMEM only, a search for its tiles that takes 105 to 155 thousand cycles
+where the one here takes 9 thousand, and a mask on every tile.
 
 A visit is a tile of rows and a group that has rows in it. A kernel's grid is (tiles of the result's columns, visits),
 so that the matrix of a group stays in VMEM while its rows pass. Chips whose device has two cores (v4, v5p) give each of
@@ -42,8 +42,8 @@ def product(x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: Any, precision:
     backend: "tpu", or "interpret" to simulate it.
   """
   (m, k), n, chip, out_dtype = x.shape, w.shape[1 if transposed else 2], _chip(backend), jnp.dtype(dtype)
-  # Wider row tiles would not be faster: the next group's matrix is read during one visit, which takes as long as the
-  # products of 100 to 600 rows, and at its end a group wastes half a tile on average.
+  # The next group's matrix is read during the last visit of a group, in the time that the products of 190 (v5p) to 560
+  # rows (v6e) take: lower tiles would only wait for it. Higher ones waste more rows where a group ends.
   rows = min(m, chip.mxu_column_size)
   # Of x a whole row is in VMEM, of w a whole column, or w would be read again at every visit.
   vmem = lambda width: _element(x) * k * (rows + width) + 2 * out_dtype.itemsize * rows * width  # noqa: E731
@@ -115,7 +115,7 @@ def outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, precision: Any, backend
                2 * m * k * n, moved, visits, x, dy)  # fmt: skip
 
 
-SCRATCH = 8 * 2**20  # bytes of VMEM that a kernel may take beside its windows; 0 to 4 MiB were seen
+SCRATCH = 8 * 2**20  # bytes of VMEM that a kernel may take beside its windows; 0 to 4 MiB were seen in bfloat16
 
 
 def _call(kernel: Callable, backend: str, grid: tuple, in_specs: tuple, out_spec: pl.BlockSpec, out: tuple, vmem: int,

@@ -83,7 +83,7 @@ def test_the_config_is_a_whole_one(llama):
   model = config.model
   assert (model.family, model.vocab_size, model.kv_heads, model.head_dim, model.layers) == ("llama", 70, 2, 8, 3)
   assert (model.norm_eps, model.rope_theta, model.embedding_scale) == (1e-5, 5000.0, 1.0)
-  assert config.data.tokenizer == str(ours / "tokenizer.json") and config.run.dir == str(ours)
+  assert config.data.tokenizer == str(ours / "tokenizer.json") and config.run_dir == f"runs/{ours.name}"
   assert commit.read_marker(str(ours), 0)["meta"]["config_hash"] == config.hash
 
 
