@@ -14,6 +14,13 @@ LORA = {
   "lora.alpha": 6.0,
   "lora.targets": "layers/(attention/(query|out|value)|mlp/(up|down))",
 }
+LATENT = {**ref.DENSE, "model.mla.kv_rank": 16, "model.mla.q_rank": 24, "model.mla.nope_dim": 8,
+          "model.mla.rope_dim": 4, "model.mla.v_dim": 8, "model.kv_heads": 0}  # fmt: skip
+# model -> its options, what is adapted, and how many weights that are
+MODELS = {
+  "grouped": (ref.DENSE, LORA["lora.targets"], 5),
+  "latent": (LATENT, ".*", 8),
+}
 SCALE = 2.0  # alpha / rank
 LAYOUTS = {
   "one device": ({}, 1),
@@ -40,12 +47,12 @@ def loss_and_gradients(program, params):
   return loss, grads
 
 
-def expected(params):
+def expected(params, base, targets, count):
   """Loss, and gradients of the adapters from those of the weights W + 2 A B in the decoder without adapters."""
-  plain = ref.program(ref.DENSE)
+  plain = ref.program(base)
   weights = {path: x for path, x in params.items() if not path.endswith(module.ADAPTERS)}
   inputs = {path: params[f"{path}_a"].ndim - 2 for path in weights if f"{path}_a" in params}
-  assert sorted(inputs) == sorted(p for p in weights if re.fullmatch(LORA["lora.targets"], p)) and len(inputs) == 5
+  assert len(inputs) == count and all(re.fullmatch(targets, path) for path in inputs)
   flat = lambda x, n: x.reshape(len(x), int(np.prod(x.shape[1 : 1 + n])), -1)  # noqa: E731  [L, in, out]
   for path, n in inputs.items():
     a, b = flat(params[f"{path}_a"], n), flat(params[f"{path}_b"], 1)
@@ -59,15 +66,24 @@ def expected(params):
   return loss, out
 
 
-def case_adapters_are_the_weights_that_they_stand_for():
+def compare(model):
+  base, targets, count = MODELS[model]
   wanted = None
   for name, (layout, devices) in LAYOUTS.items():
-    program = ref.program({**ref.DENSE, **LORA, **layout}, devices)
+    program = ref.program({**base, **LORA, "lora.targets": targets, **layout}, devices)
     params = parameters(program)
-    wanted = wanted or expected(params)
+    wanted = wanted or expected(params, base, targets, count)
     loss, grads = loss_and_gradients(program, params)
     assert abs(loss - wanted[0]) < 1e-5 * abs(loss), (name, loss, wanted[0])
     ref.assert_close(grads, wanted[1], 2e-5, name)
+
+
+def case_adapters_are_the_weights_that_they_stand_for():
+  compare("grouped")
+
+
+def case_adapters_of_latent_attention():
+  compare("latent")
 
 
 def case_only_adapters_change_and_have_a_state():
