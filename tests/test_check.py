@@ -252,14 +252,17 @@ def test_a_wrong_config_is_one_message(capsys, arguments, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", check_cases.MODELS)
-def test_every_option_is_equal_on_every_mesh(name):
-  options = [f"--config.{path}={value}" for path, value in check_cases.MODELS[name].items()]
+def test_every_option_is_equal_under_every_three_axes(name):
+  model = check_cases.MODELS[name]
+  options = [f"--config.{path}={value}" for path, value in model.items()]
+  for axes in layouts.FOUR_AXES:  # every three of the axes are in one of these
+    options += ["--mesh", ",".join(f"{a}=2" for a in axes.split() if a != "expert" or "model.experts" in model)]
   done = command("--config", "configs/tiny.py", "--config.run.compile_cache=", *options)
   *lines, _ = done.stdout.splitlines()
   refused = [line for line in lines if line.endswith("refused")]  # capacity counts along whole sequences
   assert all("model.moe.capacity" in line and "context=" in line for line in refused), refused
   assert done.returncode == bool(refused) and "DIFFERENT" not in done.stdout, done.stdout + done.stderr
-  assert sum(line.endswith("equal") for line in lines) >= 12
+  assert sum(line.endswith("equal") for line in lines) + len(refused) == len(layouts.FOUR_AXES)
 
 
 @pytest.mark.slow
