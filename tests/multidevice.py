@@ -19,6 +19,7 @@ import sys
 import traceback
 
 import maxscale.environment
+from maxscale.environment import simulation
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEVICES = 8
@@ -41,9 +42,7 @@ def run(module: str) -> dict[str, str | None]:
 
 def environment(devices: int = DEVICES, **more: str) -> dict[str, str]:
   """The environment of a process that simulates so many CPU devices."""
-  flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_collective_call_terminate_timeout_seconds=600"
-  threads = str(4 * devices)  # as in maxscale/environment.py
-  return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": threads, **more}
+  return {**os.environ, **simulation(devices), **more}
 
 
 def fixture(module: str):
