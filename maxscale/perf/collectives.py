@@ -109,10 +109,11 @@ def collectives(program: Program) -> list[Collective]:
   Raises:
     ValueError: the trips of a loop are unknown, or its devices are written in no known form.
   """
-  return [c for step in program.steps() for c in _of_step(program, step)]
+  return [c for step in program.steps() for c in of_step(program, step)]
 
 
-def _of_step(program: Program, step: Step) -> Iterator[Collective]:
+def of_step(program: Program, step: Step) -> Iterator[Collective]:
+  """The collectives that one step of a program executes or starts."""
   i = step.instruction
   kind, started = i.opcode.removesuffix("-start"), i.opcode.endswith("-start")
   if kind in KINDS:

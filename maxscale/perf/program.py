@@ -28,6 +28,7 @@ _INDEX = re.compile(r"\bindex=(\d+)")
 _DIRECTION = re.compile(r"\bdirection=([A-Z]+)")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
+_METADATA = re.compile(r"(kernel_metadata=\{)\n(.*)\n\}")  # of a kernel: the one attribute that is several lines
 _COPIES = ("copy", "copy-start", "copy-done", "bitcast")
 
 
@@ -243,7 +244,7 @@ def read(text: str) -> Program:
   """The program of `compiled.as_text()`."""
   computations: dict[str, list[Instruction]] = {}
   current, entry = "", ""
-  for line in text.splitlines():
+  for line in _METADATA.sub(r"\1\2}", text).splitlines():
     if head := _COMPUTATION.match(line):
       current = head.group(2)
       computations[current] = []
