@@ -54,9 +54,13 @@ class Layer(nnx.Module):
     dropout = call.dropout
     drop = (lambda y, place: dropout(y, layer, place)) if dropout else (lambda y, place: y)
     normed = self.attention_norm(x_btd)
-    y, cache, seen = self.attention(normed, batch, window, cache, call.watch)
+    # The scopes name the parts of a step for which perf/trace.py accounts.
+    with jax.named_scope("attention"):
+      y, cache, seen = self.attention(normed, batch, window, cache, call.watch)
     x_btd = x_btd + drop(self.attention_post_norm(y) if m.post_norms else y, 0)
-    y, aux = self.mlp(normed if m.parallel_block else self.mlp_norm(x_btd), valid)
+    normed = normed if m.parallel_block else self.mlp_norm(x_btd)
+    with jax.named_scope("mlp" if isinstance(self.mlp, parts.MLP) else "experts"):
+      y, aux = self.mlp(normed, valid)
     return x_btd + drop(self.mlp_post_norm(y) if m.post_norms else y, 1), aux | seen, cache
 
 
@@ -98,7 +102,8 @@ class Decoder(parts.Weights):
   def embed(self, batch: Batch, call: Call = Call(), cache: Any = None) -> tuple[jax.Array, Aux, Any]:
     """The residual stream [B, T, D] after the embedding and the layers before `layers`, if there are some; what these
     add to (aux, cache), as `run_layers`."""
-    x = self.lookup(batch["tokens"])
+    with jax.named_scope("embed"):
+      x = self.lookup(batch["tokens"])
     if self.shape.m.max_positions:
       x = x + kernels.lookup(self.weight("positions", x.dtype), sharding.own_part(batch["positions"]))
     if not self.shape.L_dense:
@@ -147,7 +152,8 @@ class Decoder(parts.Weights):
         return nnx.merge(graph, params)(x, embedded, layer, batch, call)
 
       params = jax.tree.map(lambda a: a[k], stack)  # noqa: B023
-      x_btd, aux = call.remat(run)(params, x_btd, self.lookup(batch[f"tokens_{k + 1}"]))
+      with jax.named_scope("mtp"):
+        x_btd, aux = call.remat(run)(params, x_btd, self.lookup(batch[f"tokens_{k + 1}"]))
       x_btd = nnx.merge(graph, params).final_norm(x_btd)
       losses.append(self._loss(spec, x_btd, batch[f"targets_{k + 1}"], scale / modules))
       outputs.append(aux)
@@ -156,7 +162,8 @@ class Decoder(parts.Weights):
 
   def _loss(self, spec: LossSpec, x_btd: jax.Array, targets_bt: jax.Array, scale: jax.Array) -> Any:
     x_btd = sharding.gather(x_btd, "vocab")
-    return cross_entropy(spec, x_btd, self.weight(self.head_name, x_btd.dtype), targets_bt, scale)
+    with jax.named_scope("head"):
+      return cross_entropy(spec, x_btd, self.weight(self.head_name, x_btd.dtype), targets_bt, scale)
 
   @property
   def head_name(self) -> str:

@@ -46,10 +46,11 @@ class MoE(Weights):
 
   def __call__(self, x_btd: jax.Array, valid_bt: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     s, moe = self.shape, self.shape.m.moe
-    logits = self.biased(self.product("btd,de->bte", x_btd.astype(jnp.float32), "router"), "router_bias")
-    logits = checkpoint_name(logits, "router")
-    choice = router.choose(moe, s.A, s.E, logits, self.array("correction") if moe.correction else None)
-    aux = router.balance(moe, choice, logits, valid_bt)
+    with jax.named_scope("router"):
+      logits = self.biased(self.product("btd,de->bte", x_btd.astype(jnp.float32), "router"), "router_bias")
+      logits = checkpoint_name(logits, "router")
+      choice = router.choose(moe, s.A, s.E, logits, self.array("correction") if moe.correction else None)
+      aux = router.balance(moe, choice, logits, valid_bt)
     x_btd, gates, ids, valid = (sharding.gather(v, "mlp") for v in (x_btd, choice.gates, choice.ids, valid_bt))
     ids, cut = jnp.where(valid[..., None], ids, -1), jnp.int32(0)  # padding must not take the room of tokens
     if moe.capacity:
@@ -59,7 +60,8 @@ class MoE(Weights):
                                  s.m.activation, s.buffer, moe.route)  # fmt: skip
     y = y.reshape(x_btd.shape)
     if moe.shared:
-      y = y + self.shared.inside(x_btd)
+      with jax.named_scope("shared"):
+        y = y + self.shared.inside(x_btd)
     y = checkpoint_name(sharding.reduce(y, "mlp"), "mlp_out")
     return y, {**aux, "max_tie": -aux.pop("margin"), "dropped": dropped["dropped"] + cut}
 

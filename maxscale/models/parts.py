@@ -151,6 +151,7 @@ class Norm(Weights):
     if shape.m.norm == "layer":
       self.bias = param((shape.D,), ("norm",), 0.0)
 
+  @jax.named_scope("norm")
   def __call__(self, x_btd: jax.Array) -> jax.Array:
     if self.shape.m.norm != "layer":
       return rms_norm(x_btd, scale_of(self.shape, self.array("scale")), self.shape.m.norm_eps)

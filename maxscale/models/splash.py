@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.extend.core import Literal
 
 FullMask = masks.FullMask
 
@@ -106,4 +107,37 @@ def _backward(kernel: Callable, queries: Any, keys: Any) -> tuple[jax.Array, jax
     residuals = (q, k, v, segments, None, o, lse, made.dq_mask_info, made.dkv_mask_info)
     return library._splash_attention_bwd(**made.kwargs, res=residuals, do=do)[3:6]
 
-  return jax.vmap(backward)(q, k, v, library.SegmentIds(q_segments, k_segments), o, lse, do)
+  segments = library.SegmentIds(q_segments, k_segments)
+  return jax.vmap(_partials_added(backward))(q, k, v, segments, o, lse, do)
+
+
+def _partials_added(f: Callable) -> Callable:
+  """f with each sum over the leading dimension of a kernel's result as a chain of additions.
+
+  The fused backward kernel leaves a dq for each block of keys, and the library sums them. The TPU compiler does not fuse
+  a sum over a leading dimension, but additions it does, into what reads dq: on v5p at 8 partials 4.5% of the cycles of
+  Llama 3 8B.
+  """
+
+  def g(*args: Any) -> Any:
+    closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
+    values: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts))
+    values |= dict(zip(closed.jaxpr.invars, jax.tree.leaves(args)))
+    read = lambda v: v.val if isinstance(v, Literal) else values[v]  # noqa: E731
+    partials: dict[Any, jax.Array] = {}  # results of kernels, also as what widens them: to widen slices is what fuses
+    for eqn in closed.jaxpr.eqns:
+      inputs = [read(v) for v in eqn.invars]
+      if eqn.primitive.name == "reduce_sum" and eqn.params["axes"] == (0,) and eqn.invars[0] in partials:
+        outputs = [functools.reduce(operator.add, (x.astype(inputs[0].dtype) for x in partials[eqn.invars[0]]))]
+      else:
+        with jax.named_scope(str(eqn.source_info.name_stack) or "splash"):  # it names the kernel
+          outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+        outputs = outputs if eqn.primitive.multiple_results else [outputs]
+      values.update(zip(eqn.outvars, outputs))
+      if eqn.primitive.name == "pallas_call":
+        partials.update(zip(eqn.outvars, outputs))
+      if eqn.primitive.name == "convert_element_type" and eqn.invars[0] in partials:
+        partials[eqn.outvars[0]] = partials[eqn.invars[0]]
+    return jax.tree.unflatten(jax.tree.structure(shape), [read(v) for v in closed.jaxpr.outvars])
+
+  return g

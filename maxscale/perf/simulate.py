@@ -63,7 +63,7 @@ class Timeline:
 
     Classes are those of work, and for what is waited for "exposed KIND" with the mesh axes or "DCN".
     """
-    out: collections.Counter[tuple[str, str]] = collections.Counter()
+    out: dict[tuple[str, str], float] = collections.defaultdict(float)
     for span, times in flat(self.spans):
       if isinstance(span.what, Work):
         out[span.what.kind, span.what.part] += (span.end - span.start) * times
@@ -73,10 +73,10 @@ class Timeline:
 
   def classes(self) -> dict[str, float]:
     """Class -> seconds, largest first."""
-    out: collections.Counter[str] = collections.Counter()
+    out: dict[str, float] = collections.defaultdict(float)
     for (kind, _), seconds in self.totals().items():
       out[kind] += seconds
-    return dict(out.most_common())
+    return dict(sorted(out.items(), key=lambda item: -item[1]))
 
 
 def flat(spans: tuple[Span, ...], times: int = 1):
@@ -120,7 +120,7 @@ def _resource(move: Move) -> str:
 
 def _walk(trace: tuple[Event, ...], chip: Chip, rates: Rates) -> tuple[float, tuple[Span, ...]]:
   now, spans = 0.0, []
-  free: collections.Counter[str] = collections.Counter()  # when each resource has done what was given to it
+  free: dict[str, float] = collections.defaultdict(float)  # when each resource has done what was given to it
   ends: dict[int, tuple[float, int]] = {}
 
   def begin(move: Move) -> float:

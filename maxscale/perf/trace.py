@@ -249,7 +249,7 @@ def _kernel(i: Instruction, part: str, program: Program) -> Work:
 
 def _attention(i: Instruction, phase: str, arrays: list, part: str, program: Program) -> Work:
   """Of operands q [.., n, t, h], k [.., k, s, h], v: the matmuls of the phase over the blocks that have a visible key."""
-  q, k, v = [shape for dtype, shape in arrays if dtype in ("bf16", "f32", "f16") and len(shape) >= 3][:3]
+  q, _, v = [shape for dtype, shape in arrays if dtype in ("bf16", "f32", "f16") and len(shape) >= 3][:3]
   # Of the last two dimensions the longer is the sequence: which of them is minor is a choice of layout.
   (t, qk), (s, wide) = sorted(q[-2:], reverse=True), sorted(v[-2:], reverse=True)
   fused = not any("_dq_" in j.name for body in program.computations.values() for j in body if j.opcode == "custom-call")
