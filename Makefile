@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slow test-interop lint crash bitflips bench clean
+.PHONY: train test test-slow test-interop lint perf crash bitflips bench clean
 
 # The packages are what requirements.txt pins; the marker is newer than it once they are installed.
 .venv/installed: requirements.txt pyproject.toml
@@ -36,6 +36,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+
+perf: .venv/installed-dev
+	$(BIN)/python -m maxscale.perf.gate
 
 crash: .venv/installed-dev
 	$(BIN)/python -m tests.crash --times 10

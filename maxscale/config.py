@@ -56,6 +56,9 @@ class Run:
   simulated_devices: int = option(0, RUNTIME, "CPU devices to simulate; 0: use the machine's own devices")
   compile_cache: str = option("~/.cache/maxscale/xla", RUNTIME, "directory of compiled programs; empty: none")
   init_from: str = option("", RUNTIME, "directory with the checkpoint whose parameters a new run starts from")
+  flags: dict = option(
+    {}, RUNTIME, "compiler options, added to those of perf/compiler.py or in their place; '': that one is left out"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,7 +389,7 @@ def differences(old: Config, new: Config) -> list[tuple[str, str, Any, Any]]:
 
 # What `--small` changes beside the model, so that a laptop trains it.
 SMALL: dict[str, Any] = {
-  "run.simulated_devices": 8, "run.steps": 20, "mesh": {"fsdp": -1, "tensor": 2}, "sharding.repeats": 1,
+  "run.simulated_devices": 8, "run.steps": 20, "run.flags": {}, "mesh": {"fsdp": -1, "tensor": 2}, "sharding.repeats": 1,
   "sharding.microbatches": 1, "optimizer.offload": False, "optimizer.warmup_steps": 5, "model.vocab_size": 0,
   "data.batch_size": 16, "data.length": 128, "data.phases": (), "data.tokenizer": "bytes", "data.mixture": {},
   "eval.batches": 2,

@@ -26,7 +26,7 @@ AUTO = "auto"
 
 
 def prepare(config: Config) -> None:
-  """Sets the environment that JAX reads when it is imported: the simulated devices.
+  """Sets the environment that JAX reads when it is imported: the simulated devices, or flags of libtpu.
 
   Raises:
     ConfigError: JAX was imported already, or the config and the launcher disagree on the number of devices.
@@ -35,6 +35,10 @@ def prepare(config: Config) -> None:
 
   devices = _simulated_devices(config)
   if not devices:
+    from maxscale.perf import compiler
+
+    if (chip := compiler.local_chip()) and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
+      compiler.before_jax(config, chip, int(os.environ.get("MEGASCALE_NUM_SLICES", "1")))
     return
   if "jax" in sys.modules:
     raise ConfigError("run.simulated_devices must be set before JAX is imported; start the run in its own process")
@@ -42,6 +46,14 @@ def prepare(config: Config) -> None:
     simulation(devices, os.environ.get("XLA_FLAGS", "")), NPROC=os.environ.get("NPROC", str(4 * devices))
   )
   os.environ["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"  # between processes; inside one there is none to choose
+
+
+def prepare_plan(config: Config, topology: str, slices: int = 1) -> None:
+  """Before libtpu is loaded: this process compiles a config for chips that are not here, with the flags of a run there."""
+  from maxscale.perf import compiler
+
+  os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+  compiler.before_jax(config, compiler.chip_of_topology(topology), slices)
 
 
 def simulation(devices: int, own: str = "") -> dict[str, str]:

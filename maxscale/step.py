@@ -203,8 +203,9 @@ class Program:
     return self.abstract_state(), self.abstract_batch(batch, length)
 
   def compile(self, traced: jax.stages.Traced) -> jax.stages.Compiled:
-    """Compiles with the options that are known to be good for the mesh's devices (perf/compiler.py)."""
-    return traced.lower().compile(compiler_options=compiler.options(self.mesh.devices.flat[0].device_kind))
+    """Compiles with the options that are known to be good for this program on the mesh's devices (perf/compiler.py)."""
+    kind, slices = self.mesh.devices.flat[0].device_kind, math.prod(self.rules.slices.values())
+    return compiler.compile(traced.lower(), compiler.options(kind, self.config, slices))
 
   def evaluate(self) -> jax.stages.Wrapped:
     """(params, batch) -> (sum of the plain loss, number of targets)."""
@@ -397,7 +398,8 @@ class Program:
       grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip / (norm + 1e-6)).astype(g.dtype), grads)
     old = self._moments(state["optimizer"], "device")
     trained = self._trained(state["params"])
-    params, moments = self.optimizer.update(grads, old, trained, state["step"])
+    with jax.named_scope("optimizer"):
+      params, moments = self.optimizer.update(grads, old, trained, state["step"])
     good = jnp.isfinite(total) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
     flat = module.flatten(state["params"]) | module.flatten(params) | self._corrections(state["params"], sums)

@@ -27,6 +27,7 @@ from maxscale import assemble
 from maxscale import config as config_lib
 from maxscale.config import Config
 from maxscale.errors import UserError
+from maxscale.perf.plans import Plan
 
 PROGRAM = "python -m maxscale.train"
 
@@ -37,9 +38,12 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--print_config", action="store_true", help="print the resolved config and its hash, and stop")
   parser.add_argument("--audit", action="store_true", help="print each array with its shardings and bytes, and stop")
   parser.add_argument("--small", action="store_true", help="a scaled-down copy on 8 simulated CPU devices")
+  parser.add_argument("--plan", help="what `maxscale.plan` found best: its options and flags, below those given here")
   arguments, rest = parser.parse_known_args(argv)
   try:
-    config = config_lib.load(arguments.config, config_lib.split_overrides(rest), arguments.small)
+    overrides = config_lib.split_overrides(rest)
+    plan = assemble.plan(arguments.plan, arguments.config, arguments.small) if arguments.plan else None
+    config = config_lib.load(arguments.config, assemble.planned(plan) + overrides, arguments.small)
     if arguments.print_config:
       print(config_lib.to_json(config))
       print(f"hash {config.hash}", file=sys.stderr)
@@ -51,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.audit:
       print(assemble.audit(config))
       return 0
-    return run(config)
+    return run(config, plan)
   except Exception as e:
     from maxscale import distributed
 
@@ -62,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     return e.exit_code
 
 
-def run(config: Config) -> int:
+def run(config: Config, plan: Plan | None = None) -> int:
   """Starts or resumes the run of a config and trains to its end; returns the exit code."""
   from maxscale import distributed, environment, resume, storage
   from maxscale.goodput import report
@@ -81,7 +85,7 @@ def run(config: Config) -> int:
     log = resume.attempt(config)
     interrupt.agree(lambda e: (log.failed(e), distributed.leave(PROGRAM, e)))
     try:
-      code, reason = Run(config, log).train(interrupt)
+      code, reason = Run(config, log, plan).train(interrupt)
     except BaseException as e:
       log.failed(e)
       raise
@@ -92,7 +96,7 @@ def run(config: Config) -> int:
 class Run:
   """One attempt at a run: what is opened once, and the loop."""
 
-  def __init__(self, config: Config, log: Any):
+  def __init__(self, config: Config, log: Any, plan: Plan | None = None):
     from maxscale.goodput import events
     from maxscale.goodput.metrics import MetricsWriter
     from maxscale.goodput.telemetry import line
@@ -101,7 +105,7 @@ class Run:
     self._profiling = False
     self.tokenizer, vocab = assemble.vocabulary(config)
     log.enter("device_init")
-    self.program = assemble.build(config, vocab)
+    self.program = assemble.build(config, vocab, plan=plan)
     import jax
 
     events.watch_jax(log)

@@ -212,11 +212,13 @@ def test_overrides_are_parsed(write, override, expected):
 def test_entries_of_dicts_are_added(write):
   overrides = ["--config.data.sources.mine.kind=text", "--config.data.sources.mine.heldout=0.1",
                "--config.data.mixture.mine=2", "--config.data.mixture.stdlib=1", "--config.remat.table.gate=keep",
-               "--config.sharding.param.embed=['fsdp', 'data']"]  # fmt: skip
+               "--config.sharding.param.embed=['fsdp', 'data']", "--config.run.flags.xla_a=true",
+               "--config.run.flags.xla_b="]  # fmt: skip
   config = config_lib.load(write(), config_lib.split_overrides(overrides))
   assert config.data.sources == {"stdlib": {"kind": "stdlib"}, "mine": {"kind": "text", "heldout": 0.1}}
   assert config.data.mixture == {"mine": 2, "stdlib": 1}
   assert config.remat.table == {"gate": "keep"} and config.sharding.param == {"embed": ["fsdp", "data"]}
+  assert config.run.flags == {"xla_a": "true", "xla_b": ""}
   assert Config().remat.table == {} and Config().data.mixture == {}, "the defaults were changed in place"
 
 
@@ -294,6 +296,7 @@ def test_what_defines_a_run_is_identity():
     "model.layers": IDENTITY, "model.rope_theta": IDENTITY, "data.batch_size": SCHEDULE, "run.steps": SCHEDULE,
     "optimizer.learning_rate": SCHEDULE, "loss.z_loss": SCHEDULE, "mesh.fsdp": RUNTIME, "remat.policy": RUNTIME,
     "sharding.microbatches": RUNTIME, "model.vocab_multiple": RUNTIME, "loss.chunk": RUNTIME, "run.dir": RUNTIME,
+    "run.flags": RUNTIME,
   }  # fmt: skip
   assert {path: OPTIONS[path][1].metadata["kind"] for path in expected} == expected
 

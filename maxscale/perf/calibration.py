@@ -1,23 +1,175 @@
-"""The rates of chips that no compiler says, fitted on public step times of programs of others."""
+"""The rates of chips that no compiler says, fitted on public step times of programs of others.
+
+`calibration.json` has a row for each: model, chip, layout, the published seconds with their source, and the trace of a
+program with the same model, sharding, batch and recomputation, compiled by a newer compiler; "differences" says where
+it is known not to be the program that ran. None of them is a program of this project.
+
+What is fitted, as little as the rows can tell:
+  clock      one factor for all chips on the clock that the peak implies, and one for each chip that is drawn to it
+  attention  fraction of the peak in attention kernels, one for all chips
+  host       factor on the documented rate between a chip and its host, one for all
+Kernels of experts and the links are not fitted: GROUPED is an assumption, links reach the usable rate that the hardware
+table has.
+"""
 
 from __future__ import annotations
 
-from maxscale.perf.hardware import Chip
+import dataclasses
+import functools
+import importlib.resources
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from maxscale.perf import simulate, trace
+from maxscale.perf.hardware import CHIPS, Chip
 from maxscale.perf.simulate import Rates
 
-RATES: dict[str, Rates] = {
-  "TPU v5e": Rates(clock=1.5e9, attention=0.55, grouped=0.75, links=1.0, host=15e9),
-  "TPU v5p": Rates(clock=1.75e9, attention=0.55, grouped=0.75, links=1.0, host=15e9),
-  "TPU v6e": Rates(clock=1.75e9, attention=0.55, grouped=0.75, links=1.0, host=32e9),
-  "TPU7x": Rates(clock=2.1e9, attention=0.55, grouped=0.75, links=1.0, host=32e9),
-}
+# FLOPs of a device and cycle: matrix units of 128x128 (v4, v5e: 4 a core; v4, v5p: two cores a device) or 256x256 (2 or 4
+# multiply and add); with the published peaks these give 1.05, 1.5, 1.75, 1.75 and 2.2 GHz.
+_PER_CYCLE = {"TPU v4": 2 * 8 * 128**2, "TPU v5e": 2 * 4 * 128**2, "TPU v5p": 2 * 8 * 128**2, "TPU v6e": 2 * 4 * 256**2,
+              "TPU7x": 2 * 4 * 256**2, "TPU8t": 2 * 4 * 256**2}  # fmt: skip
+GROUPED = 0.75  # of the peak, in kernels of experts with full tiles: an assumption
+_HOST = 32e9  # bytes/s of a device where the table has no rate of the host
+_PRIOR = (0.0, math.log(0.5), math.log(2.0))  # of log clock factor, log attention, log host factor
+_PULL = (0.0, 0.3, 0.3)  # how strongly rows are drawn there, against a squared error of 1
+_CHIP_PULL = 1.0  # the same of a chip's own clock factor to that of all
+COVERAGE = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A published step: `seconds`, what ran, and the trace of its equivalent."""
+
+  name: str
+  chip: str
+  model: str
+  seconds: float
+  source: str
+  differences: tuple[str, ...]
+  events: trace.Trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """Logarithms: of the clock factor, attention, host factor; and a chip's own clock factor beside that of all."""
+
+  clock: float
+  attention: float
+  host: float
+  chips: dict[str, float]
+
+  def rates(self, chip: Chip) -> Rates:
+    """Those of a chip; of one without rows, those of all."""
+    nominal = chip.bf16 / chip.devices / _PER_CYCLE[chip.name]
+    host = (chip.host_bytes or _HOST * chip.devices) / chip.devices
+    return Rates(
+      clock=nominal * math.exp(self.clock + self.chips.get(chip.name, 0.0)), attention=math.exp(self.attention),
+      grouped=GROUPED, links=1.0, host=host * math.exp(self.host),
+    )  # fmt: skip
+
+
+@functools.cache
+def rows() -> tuple[Row, ...]:
+  """The published steps."""
+  data = json.loads(importlib.resources.files("maxscale.perf").joinpath("calibration.json").read_text())
+  return tuple(Row(r["name"], r["chip"], r["model"], r["seconds"], r["source"], tuple(r["differences"]),
+                   trace.from_json(r["trace"])) for r in data["rows"])  # fmt: skip
+
+
+def _chip(name: str) -> Chip:
+  return next(chip for chip in CHIPS if chip.name == name)
+
+
+def predicted(row: Row, fit: Fit) -> float:
+  """Seconds of a row under a fit."""
+  chip = _chip(row.chip)
+  return simulate.run(row.events, chip, fit.rates(chip)).seconds
+
+
+def fit(rows: Sequence[Row]) -> Fit:
+  """The constants with the smallest squared errors of log seconds, drawn to their priors."""
+  from scipy import optimize
+
+  chips = sorted({row.chip for row in rows})
+
+  def make(x: np.ndarray) -> Fit:
+    return Fit(x[0], x[1], x[2], dict(zip(chips, x[3:])))
+
+  def loss(x: np.ndarray) -> float:
+    made = make(x)
+    errors = [math.log(predicted(row, made) / row.seconds) for row in rows]
+    pulls = [w * (a - b) ** 2 for a, b, w in zip(x, _PRIOR, _PULL)]
+    return 100 * (sum(e**2 for e in errors) + 0.01 * sum(pulls) + _CHIP_PULL * 0.1 * sum(v**2 for v in x[3:]))
+
+  start = np.array([*_PRIOR, *[0.0] * len(chips)])
+  found = optimize.minimize(loss, start, method="Powell", bounds=[(-0.4, 0.4), (-1.6, -0.05), (-0.5, 2.0),
+                                                                  *[(-0.3, 0.3)] * len(chips)])  # fmt: skip
+  return make(found.x)
+
+
+def left_out(key: str) -> dict[str, float]:
+  """Name of each row -> predicted / published - 1, by a fit without the rows that share its `key`.
+
+  Args:
+    key: "chip", or "model": the rows of the same model on the same chip.
+  """
+  same = (lambda r: r.chip) if key == "chip" else (lambda r: (r.model, r.chip))
+  out = {}
+  for group in dict.fromkeys(map(same, rows())):
+    others = [r for r in rows() if same(r) != group]
+    made = fit(others) if others else Fit(*_PRIOR, {})
+    out |= {r.name: predicted(r, made) / r.seconds - 1 for r in rows() if same(r) == group}
+  return out
+
+
+@functools.cache
+def _fitted() -> tuple[Fit, float]:
+  data = json.loads(importlib.resources.files("maxscale.perf").joinpath("calibration.json").read_text())["fit"]
+  return Fit(data["clock"], data["attention"], data["host"], data["chips"]), data["spread"]
 
 
 def rates(chip: Chip) -> Rates:
   """The fitted rates of a chip."""
-  return RATES[chip.name]
+  return _fitted()[0].rates(chip)
 
 
 def interval(chip: Chip) -> tuple[float, float]:
-  """(low, high): factors of a prediction between which 80% of the public step times lie."""
-  return 0.9, 1.1
+  """(low, high): factors of a prediction between which `COVERAGE` of the published steps lie.
+
+  From the errors of rows whose model and chip were left out; twice as wide for a chip without a row.
+  """
+  spread = _fitted()[1] * (1 if chip.name in _fitted()[0].chips else 2)
+  return math.exp(-spread), math.exp(spread)
+
+
+def refit() -> dict:
+  """What `calibration.json` keeps of a fit of all rows. The spread is that which covers `COVERAGE` of the errors."""
+  made, errors = fit(rows()), sorted(abs(math.log1p(e)) for e in left_out("model").values())
+  spread = errors[min(len(errors) - 1, math.ceil(COVERAGE * (len(errors) + 1)) - 1)]
+  return {**dataclasses.asdict(made), "spread": spread}
+
+
+def report() -> str:
+  """A line for each row, and the summary: errors in the fit, and with the row's model or chip left out."""
+  made, low_high = _fitted()[0], {r.name: interval(_chip(r.chip)) for r in rows()}
+  by_model, by_chip = left_out("model"), left_out("chip")
+  lines = [f"{'step':44}{'published':>10}{'predicted':>10}{'error':>8}{'model out':>10}{'chip out':>9}  source"]
+  inside = 0
+  for r in rows():
+    seconds = predicted(r, made)
+    inside += low_high[r.name][0] <= r.seconds / (r.seconds * (1 + by_model[r.name])) <= low_high[r.name][1]
+    lines.append(f"{r.name:44}{r.seconds:9.3f}s{seconds:9.3f}s{seconds / r.seconds - 1:+8.1%}{by_model[r.name]:+10.1%}"
+                 f"{by_chip[r.name]:+9.1%}  {r.source}")  # fmt: skip
+    lines += [f"    not the same: {d}" for d in r.differences]
+  for what, errors in (("in the fit", {r.name: predicted(r, made) / r.seconds - 1 for r in rows()}),
+                       ("model and chip left out", by_model), ("chip left out", by_chip)):  # fmt: skip
+    sizes = [abs(e) for e in errors.values()]
+    lines.append(f"{what}: mean error {np.mean(sizes):.1%}, largest {max(sizes):.1%}, of {len(sizes)} rows")
+  low, high = math.exp(-_fitted()[1]), math.exp(_fitted()[1])
+  lines.append(f"the 80% interval is {low - 1:+.1%} to {high - 1:+.1%} and holds {inside} of {len(rows())} rows")
+  lines.append("constants: " + ", ".join(f"{k} {math.exp(v):.3f}" for k, v in
+               (("clock", made.clock), ("attention", made.attention), ("host", made.host), *made.chips.items())))  # fmt: skip
+  return "\n".join(lines)

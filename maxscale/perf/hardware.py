@@ -31,6 +31,13 @@ class Chip:
     clock: Hz.
     torus: dims of the torus of a slice; 0 where chips are switched or fully connected.
     wrap: which dims of a slice wrap around.
+    tile: rows and columns of a matrix unit, to which the dimensions of a product are padded.
+    node: chips of a host.
+    domain: chips that NVLink or xGMI connects; 0 where it is a whole slice (ICI).
+    matmul: fraction of the bf16 peak that long products were measured at.
+    stream: fraction of `hbm_bytes` that copies were measured at.
+    host_bytes: bytes/s one way between a chip and its host's memory.
+    vmem: bytes of a chip's vector memory (TPU).
   """
 
   name: str
@@ -48,6 +55,13 @@ class Chip:
   torus: int
   wrap: str
   source: str
+  tile: int
+  node: int
+  domain: int
+  matmul: float | None
+  stream: float | None
+  host_bytes: float | None
+  vmem: float | None
 
   def peak(self, dtype: str = "bfloat16") -> float | None:
     """Published FLOP/s of matmuls in bfloat16 (float16), fp8 or int8 operands; None where none is published."""
@@ -64,42 +78,60 @@ class Peak:
   source: str
 
 
-G, T, GIB = 1e9, 1e12, 2.0**30
+G, T, MIB, GIB = 1e9, 1e12, 2.0**20, 2.0**30
+# Measured fractions: v6e and TPU7x by AI-Hypercomputer/tpu-recipes microbenchmarks (8192^3 by the clock, 32768^3; copies
+# of 32 MiB and 8 GiB), GPUs by the achievable matmul table of stas00/ml-engineering, which has the host links (PCIe,
+# NVLink C2C of GB200 and GB300), too. Host links and VMEM of TPUs: their documentation and jax's tpu_info.py.
 # fmt: off
 CHIPS: tuple[Chip, ...] = (
   # name, kinds, FLOP/s in bf16, fp8, int8, HBM bytes and bytes/s,
-  #    links, bytes/s of one, DCN bytes/s, devices, clock, torus dims, wrap, source
+  #    links, bytes/s of one, DCN bytes/s, devices, clock, torus dims, wrap, source,
+  #    tile, node, domain, measured fractions of matmul peak and of HBM, host bytes/s, VMEM bytes
   Chip("TPU v4", ("TPU v4",),                     275 * T,  None,     275 * T,  32 * GIB, 1228 * G,
-       6, 45 * G, 3.1 * G, 1, 1.05e9, 3, _CUBES, f"{_TPU_DOCS}: v4; links and DCN: {_BOOK}; clock: from the peak"),
+       6, 45 * G, 3.1 * G, 1, 1.05e9, 3, _CUBES, f"{_TPU_DOCS}: v4; links and DCN: {_BOOK}; clock: from the peak",
+       128, 4, 0, None, None, 16 * G, 32 * MIB),
   Chip("TPU v5e", ("TPU v5 lite", "TPU v5e"),     197 * T,  None,     394 * T,  16 * GIB, 819 * G,
-       4, 45 * G, 3.1 * G, 1, 1.5e9, 2, _SIXTEEN, f"{_TPU_DOCS}: v5e; links and DCN: {_BOOK}; clock: from the peak"),
+       4, 45 * G, 3.1 * G, 1, 1.5e9, 2, _SIXTEEN, f"{_TPU_DOCS}: v5e; links and DCN: {_BOOK}; clock: from the peak",
+       128, 8, 0, None, None, 15 * G, 128 * MIB),
   Chip("TPU v5p", ("TPU v5", "TPU v5p"),          459 * T,  459 * T,  918 * T,  95 * GIB, 2765 * G,
        6, 90 * G, 6.25 * G, 1, 1.75e9, 3, _CUBES,
-       f"{_TPU_DOCS}: v5p (fp8 is not faster than bf16); links and DCN: {_BOOK}; clock: from the peak"),
+       f"{_TPU_DOCS}: v5p (fp8 is not faster than bf16); links and DCN: {_BOOK}; clock: from the peak",
+       128, 4, 0, None, None, 15 * G, 128 * MIB),
   Chip("TPU v6e", ("TPU v6 lite", "TPU v6e"),     918 * T,  918 * T,  1836 * T, 32 * GIB, 1638 * G,
-       4, 90 * G, 12.5 * G, 1, None, 2, _SIXTEEN, f"{_TPU_DOCS}: v6e; links and DCN: {_BOOK}"),
+       4, 90 * G, 12.5 * G, 1, None, 2, _SIXTEEN, f"{_TPU_DOCS}: v6e; links and DCN: {_BOOK}",
+       256, 8, 0, 0.82, 0.83, 32 * G, 128 * MIB),
   Chip("TPU7x", ("TPU7x",),                       2307 * T, 4614 * T, None,     192 * GIB, 7380 * G,
        6, 89 * G, 12.5 * G, 2, None, 3, _CUBES,
-       f"{_TPU_DOCS}: TPU7x; devices: {_JAX}; link: all-gather of AI-Hypercomputer/tpu-recipes microbenchmarks"),
+       f"{_TPU_DOCS}: TPU7x; devices: {_JAX}; link: all-gather of AI-Hypercomputer/tpu-recipes microbenchmarks",
+       256, 4, 0, 0.83, 0.87, None, 128 * MIB),
   Chip("TPU8t", ("TPU8t",),                       996 * T,  5977 * T, 996 * T,  216 * GIB, 6528 * G,
        6, 200 * G, 50 * G, 1, None, 3, "not published; assumed as TPU7x",
-       f"{_JAX}; memory, links and DCN: Hot Chips 2026 (links, DCN derived)"),
+       f"{_JAX}; memory, links and DCN: Hot Chips 2026 (links, DCN derived)",
+       256, 4, 0, None, None, None, 128 * MIB),
   Chip("A100", ("NVIDIA A100-SXM4-80GB",),        312 * T,  None,     624 * T,  80 * GIB, 2039 * G,
-       12, 25 * G, 25 * G, 1, 1.41e9, 0, _SWITCH, f"NVIDIA A100 SXM 80GB datasheet; {_GPU}"),
+       12, 25 * G, 25 * G, 1, 1.41e9, 0, _SWITCH, f"NVIDIA A100 SXM 80GB datasheet; {_GPU}",
+       64, 8, 8, 0.87, None, 31 * G, None),
   Chip("H100", ("NVIDIA H100 80GB HBM3",),        989 * T,  1979 * T, 1979 * T, 80 * GIB, 3350 * G,
-       18, 25 * G, 50 * G, 1, 1.83e9, 0, _SWITCH, f"NVIDIA H100 SXM datasheet; {_GPU}"),
+       18, 25 * G, 50 * G, 1, 1.83e9, 0, _SWITCH, f"NVIDIA H100 SXM datasheet; {_GPU}",
+       64, 8, 8, 0.80, None, 63 * G, None),
   Chip("H200", ("NVIDIA H200",),                  989 * T,  1979 * T, 1979 * T, 141 * GIB, 4800 * G,
-       18, 25 * G, 50 * G, 1, 1.83e9, 0, _SWITCH, f"NVIDIA H200 SXM datasheet; {_GPU}"),
+       18, 25 * G, 50 * G, 1, 1.83e9, 0, _SWITCH, f"NVIDIA H200 SXM datasheet; {_GPU}",
+       64, 8, 8, 0.80, None, 63 * G, None),
   Chip("B200", ("NVIDIA B200",),                  2250 * T, 4500 * T, 4500 * T, 180 * GIB, 8000 * G,
-       18, 50 * G, 50 * G, 1, None, 0, _SWITCH, f"NVIDIA HGX B200 datasheet; {_GPU}"),
+       18, 50 * G, 50 * G, 1, None, 0, _SWITCH, f"NVIDIA HGX B200 datasheet; {_GPU}",
+       128, 8, 8, 0.78, None, 63 * G, None),
   Chip("GB200", ("NVIDIA GB200",),                2500 * T, 5000 * T, 5000 * T, 186 * GIB, 8000 * G,
-       18, 50 * G, 50 * G, 1, None, 0, _SWITCH, f"NVIDIA GB200 NVL72 datasheet; {_GPU}"),
+       18, 50 * G, 50 * G, 1, None, 0, _SWITCH, f"NVIDIA GB200 NVL72 datasheet; {_GPU}",
+       128, 4, 72, 0.73, None, 450 * G, None),
   Chip("GB300", ("NVIDIA GB300",),                2500 * T, 5000 * T, None,     288e9,    8000 * G,
-       18, 50 * G, 100 * G, 1, None, 0, _SWITCH, f"NVIDIA GB300 NVL72 datasheet (its int8 figures disagree); {_GPU}"),
+       18, 50 * G, 100 * G, 1, None, 0, _SWITCH, f"NVIDIA GB300 NVL72 datasheet (its int8 figures disagree); {_GPU}",
+       128, 4, 72, 0.79, None, 450 * G, None),
   Chip("MI300X", ("AMD Instinct MI300X",),        1307 * T, 2614 * T, 2614 * T, 192 * GIB, 5300 * G,
-       7, 64 * G, 50 * G, 1, 2.1e9, 0, _MESH, f"AMD MI300X datasheet; {_GPU}"),
+       7, 64 * G, 50 * G, 1, 2.1e9, 0, _MESH, f"AMD MI300X datasheet; {_GPU}",
+       64, 8, 8, 0.51, None, 63 * G, None),
   Chip("MI355X", ("AMD Instinct MI355X",),        2500 * T, 5000 * T, 5000 * T, 288 * GIB, 8000 * G,
-       7, 76.5 * G, 50 * G, 1, 2.4e9, 0, _MESH, f"AMD MI355X datasheet; {_GPU}"),
+       7, 76.5 * G, 50 * G, 1, 2.4e9, 0, _MESH, f"AMD MI355X datasheet; {_GPU}",
+       64, 8, 8, 0.68, None, 63 * G, None),
 )
 # fmt: on
 

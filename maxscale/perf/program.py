@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator
 
 _PARTITIONS = re.compile(r"^HloModule .*\bnum_partitions=(\d+)")
+_DONATED = re.compile(r"^HloModule .*?\binput_output_alias=\{(.*?\)) *\}")
+_ALIAS = re.compile(r"\{(\d+)\}: \((\d+), \{\}")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"(?:^|[\s})\]])([a-z][\w\-]*)\(")
@@ -88,11 +90,15 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """Computations by name, the name of the entry, and the number of devices that the program is partitioned over."""
+  """Computations by name, the name of the entry, and the number of devices that the program is partitioned over.
+
+  `donated`: an element of the entry's result -> number of the parameter whose memory it takes over.
+  """
 
   computations: dict[str, tuple[Instruction, ...]]
   entry: str
   partitions: int = 1
+  donated: dict[int, int] = dataclasses.field(default_factory=dict)
 
   def steps(self, name: str = "", **where) -> Iterator[Step]:
     """All that is scheduled in a computation (the entry) and those it calls, in order; a fusion is one instruction.
@@ -252,7 +258,10 @@ def read(text: str) -> Program:
     elif current and (found := _INSTRUCTION.match(line)):
       computations[current].append(_instruction(*found.groups()))
   partitions = _PARTITIONS.match(text)
-  return Program({n: tuple(b) for n, b in computations.items()}, entry, int(partitions.group(1)) if partitions else 1)
+  donated = _DONATED.match(text)
+  aliases = {int(k): int(n) for k, n in _ALIAS.findall(donated.group(1))} if donated else {}
+  return Program({n: tuple(b) for n, b in computations.items()}, entry,
+                 int(partitions.group(1)) if partitions else 1, aliases)  # fmt: skip
 
 
 def _instruction(root: str | None, name: str, rest: str) -> Instruction:

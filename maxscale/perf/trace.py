@@ -201,9 +201,9 @@ class _Reader:
       for found in collectives.of_step(self.program, Step(i, computation)):
         yield found, self._move(found)
     if i.opcode.endswith("-start") and "S(5)" in i.type:
-      to_host = "S(5)" in _ARRAY.findall(i.type)[1 if i.opcode != "copy-start" else 0][2]
+      end = next((j.type for j in self.program.computations[computation] if i.name in j.operands), i.type)
       sizes = [_bytes(dtype, dims) for dtype, dims, _ in _ARRAY.findall(i.type)]
-      yield None, Move(HOST[not to_host], min(s for s in sizes if s > 8), part=_part(i.op_name))
+      yield None, Move(HOST["S(5)" not in end], min(s for s in sizes if s > 8), part=_part(i.op_name))
 
   def _move(self, c: collectives.Collective) -> Move:
     group = np.array(c.groups[0] if c.groups else c.pairs[0] if c.pairs else (0,))

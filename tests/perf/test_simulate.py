@@ -1,0 +1,196 @@
+"""The walk of a schedule: seconds by hand, for transfers alone, beside work, in loops, and for a program's text."""
+
+import json
+
+import pytest
+
+from maxscale.perf import network, program, simulate, trace
+from maxscale.perf.hardware import CHIPS
+from maxscale.perf.trace import Done, Loop, Move, Start, Sync, Work
+
+V5P = next(c for c in CHIPS if c.name == "TPU v5p")
+RATES = simulate.Rates(clock=1e9, attention=0.5, grouped=0.8, links=1.0, host=1e10)
+CUBE = ((4, True), (4, True), (4, True))
+LINK = 90e9
+
+
+def work(milliseconds, kind="matmul", part="mlp forward"):
+  return Work(kind, part, cycles=round(milliseconds * 1e6))
+
+
+def gather(milliseconds):
+  """A gather over a cube of 4x4x4 chips, 63/64 of whose bytes pass 3 rings of 2 links, less its 6 hops."""
+  return Move("all-gather", (milliseconds * 1e-3 - 6e-6) * 6 * LINK * 64 / 63, CUBE)
+
+
+# ---- the network
+
+
+@pytest.mark.parametrize(
+  "kind, dims, size, seconds",
+  [
+    ("all-gather", ((4, True),), 720e6, 720e6 * 3 / 4 / (2 * LINK) + 2e-6),  # a ring: both ways
+    ("all-gather", ((4, False),), 720e6, 720e6 * 3 / 4 / LINK + 3e-6),  # a line: half the rate, every hop
+    ("reduce-scatter", ((4, True), (4, True)), 720e6, 720e6 * 15 / 16 / (4 * LINK) + 4e-6),
+    ("all-reduce", ((4, True),), 720e6, 2 * (720e6 * 3 / 4 / (2 * LINK) + 2e-6)),
+    ("all-to-all", ((16, True),), 90e6, 90e6 * 16 / (8 * LINK) + 8e-6),
+    ("all-to-all", ((4, True), (8, False)), 90e6, 90e6 * 8 / (4 * LINK) + 9e-6),  # the longest and open one bounds it
+    ("collective-permute", ((2, False),), 90e6, 1e-3 + 1e-6),
+    ("all-gather", (), 720e6, 0.0),
+  ],
+)
+def test_a_collective_by_hand(kind, dims, size, seconds):
+  assert network.seconds(kind, size, V5P, dims) == pytest.approx(seconds, rel=1e-12)
+
+
+def test_an_all_to_all_of_one_ring_is_a_quarter_of_a_gather():
+  """With the whole array of all chips: v n bytes in V / (4 W), W being both directions (the scaling book)."""
+  v, n = 1e9, 16
+  exchange = network.seconds("all-to-all", v, V5P, ((n, True),)) - 8e-6
+  assert exchange == pytest.approx(v * n / (4 * 2 * LINK))
+
+
+def test_half_the_links_take_twice_as_long():
+  whole, half = (network.seconds("all-gather", 1e12, V5P, CUBE, share) for share in (1.0, 0.5))
+  assert half == pytest.approx(2 * whole, rel=1e-4)
+
+
+def test_between_slices():
+  assert network.dcn_seconds("all-reduce", 6.25e9, V5P, 4) == pytest.approx(1.5 + 1e-4)
+  assert network.dcn_seconds("all-gather", 6.25e9, V5P, 1) == 0
+
+
+def test_switches_add_what_crosses_nodes():
+  h100 = next(c for c in CHIPS if c.name == "H100")
+  inside, across = (network.switch_seconds("all-gather", 8e9, h100, 16, nodes) for nodes in (1, 2))
+  assert inside == pytest.approx(8e9 * 15 / 16 / 450e9 + 45e-6)
+  assert across > 0.5e9 / h100.dcn_bytes > inside / 10
+
+
+# ---- the walk
+
+
+def test_work_follows_work():
+  made = simulate.run((work(2), work(3, "vector")), V5P, RATES)
+  assert made.seconds == pytest.approx(5e-3)
+  assert made.classes() == pytest.approx({"vector": 3e-3, "matmul": 2e-3})
+
+
+def test_a_kernel_is_bound_by_its_products_or_by_memory():
+  attention = Work("attention", flops=459e12 * 0.5 * 2e-3, useful=1)
+  copying = Work("grouped", flops=1e9, bytes=2765e9 * 3e-3)
+  assert simulate.run((attention, copying), V5P, RATES).seconds == pytest.approx(5e-3)
+
+
+def test_a_transfer_hides_behind_work_and_what_is_left_is_waited_for():
+  hidden = simulate.run((Start(1, gather(2)), work(5), Done(1)), V5P, RATES)
+  assert hidden.seconds == pytest.approx(5e-3) and list(hidden.classes()) == ["matmul"]
+  longer = simulate.run((Start(1, gather(7)), work(5), Done(1), work(1)), V5P, RATES)
+  assert longer.seconds == pytest.approx(8e-3)
+  assert longer.classes()["exposed all-gather ICI"] == pytest.approx(2e-3)
+
+
+def test_a_synchronous_transfer_is_waited_for_whole():
+  made = simulate.run((work(1), Sync(gather(2))), V5P, RATES)
+  assert made.seconds == pytest.approx(3e-3)
+
+
+def test_transfers_share_the_links_one_after_another():
+  events = (Start(1, gather(2)), Start(2, gather(2)), work(3), Done(1), Done(2))
+  assert simulate.run(events, V5P, RATES).seconds == pytest.approx(4e-3)
+
+
+def test_permutations_of_both_directions_do_not_share():
+  ring = Move("collective-permute", LINK * 2e-3 - 1e-6 * LINK, ((4, True),), lane="0+")
+  other = Move("collective-permute", LINK * 2e-3 - 1e-6 * LINK, ((4, True),), lane="0-")
+  assert simulate.run((Start(1, ring), Start(2, other), Done(1), Done(2)), V5P, RATES).seconds == pytest.approx(2e-3)
+  assert simulate.run((Start(1, ring), Start(2, ring), Done(1), Done(2)), V5P, RATES).seconds == pytest.approx(4e-3)
+
+
+def test_the_host_takes_both_directions_at_once():
+  out, back = Move("to-host", 2e7), Move("from-host", 2e7)
+  assert simulate.run((Start(1, out), Start(2, back), Done(1), Done(2)), V5P, RATES).seconds == pytest.approx(2e-3)
+
+
+def test_a_loop_is_walked_once_and_counted_as_often_as_it_runs():
+  body = (Start(1, gather(3)), work(2), Done(1))
+  made = simulate.run((work(1), Loop(10, body, "forward"), Loop(2, (Loop(3, (work(1),)),))), V5P, RATES)
+  assert made.seconds == pytest.approx(1e-3 + 30e-3 + 6e-3)
+  assert made.classes() == pytest.approx({"matmul": 1e-3 + 20e-3 + 6e-3, "exposed all-gather ICI": 10e-3})
+
+
+def test_totals_add_up_to_the_step():
+  events = (
+    work(1),
+    Sync(gather(1)),
+    Loop(4, (Start(1, gather(5)), work(2, part="head forward"), Done(1))),
+    work(2, "copy"),
+  )
+  made = simulate.run(events, V5P, RATES)
+  assert sum(made.totals().values()) == pytest.approx(made.seconds)
+
+
+# ---- from text
+
+PLACES = [(0, x, y, z, 0) for x in range(4) for y in range(4) for z in range(4)]
+GROUPS = "{" + ",".join("{" + ",".join(str(16 * x + r) for x in range(4)) + "}" for r in range(16)) + "}"
+TEXT = f"""HloModule step, is_scheduled=true, num_partitions=64
+
+%inside (p: f32[8]) -> f32[8] {{
+  ROOT %p = f32[8]{{0}} parameter(0)
+}}
+
+%condition (s: (s32[], f32[8])) -> pred[] {{
+  %s = (s32[], f32[8]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %n = s32[] constant(6)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}}
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %s = (s32[], f32[8]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[8]{{0}} get-tuple-element(%s), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %ag-start = (f32[8]{{0}}, f32[32]{{0}}) all-gather-start(%x), replica_groups={GROUPS}, dimensions={{0}}, metadata={{op_name="jit(step)/jvp()/while/body/mlp/all_gather"}}
+  %a = f32[8]{{0}} fusion(%x), kind=kLoop, calls=%inside, metadata={{op_name="jit(step)/jvp()/while/body/mlp/add"}}, backend_config={{"estimated_cycles":"700"}}
+  %b = f32[8]{{0}} fusion(%a), kind=kLoop, calls=%inside, metadata={{op_name="jit(step)/jvp()/while/body/mlp/mul"}}, backend_config={{"estimated_cycles":"300"}}
+  %ag-done = f32[32]{{0}} all-gather-done(%ag-start)
+  %out = (f32[6,1024]{{1,0:S(5)}}, f32[1024]{{0}}, u32[]) dynamic-update-slice-start(%b, %b)
+  %sent = f32[6,1024]{{1,0:S(5)}} dynamic-update-slice-done(%out)
+  ROOT %t = (s32[], f32[8]{{0}}) tuple(%next, %b)
+}}
+
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  %q = bf16[2,4,1024,128]{{3,2,1,0}} parameter(1)
+  %k = bf16[2,2,1024,128]{{3,2,1,0}} parameter(2)
+  %kernel = bf16[2,4,1024,128]{{3,2,1,0}} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", operand_layout_constraints={{s8[1,4,2]{{2,1,0}}, bf16[2,4,1024,128]{{3,2,1,0}}, bf16[2,2,1024,128]{{3,2,1,0}}, bf16[2,2,1024,128]{{3,2,1,0}}}}, frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{\\"block_q\\": 256, \\"block_kv\\": 512, \\"block_q_dkv\\": 128}}"
+}}}}, metadata={{op_name="jit(step)/transpose(jvp())/rematted_computation/attention/splash_mha_fwd_residuals/pallas_call"}}
+  %zero = s32[] constant(0)
+  %t = (s32[], f32[8]{{0}}) tuple(%zero, %x)
+  %loop = (s32[], f32[8]{{0}}) while(%t), condition=%condition, body=%body, metadata={{op_name="jit(step)/jvp()/while"}}
+  ROOT %r = f32[8]{{0}} get-tuple-element(%loop), index=1
+}}
+"""
+
+
+def test_a_program_becomes_events():
+  made = trace.of_program(program.read(TEXT), PLACES, "TPU v5")
+  kernel, loop = made
+  # 2 x 4 heads, 1024 x 1024, 128 + 128 wide; of the 4 x 2 blocks of 256 x 512 rows 1, 1, 2 and 2 have a visible key.
+  full = 2.0 * 8 * 1024 * 1024 * 256
+  assert (kernel.kind, kernel.part) == ("attention", "attention again")
+  assert (kernel.flops, kernel.useful) == (full * 6 / 8, full / 2)
+  assert loop.times == 6 and loop.part == "forward"
+  start, computed, done, sent, finished = loop.body
+  assert start.move == Move("all-gather", 128, ((4, True),), part="mlp forward") and done == Done(start.key)
+  assert computed == Work("vector", "mlp forward", 1000, count=2)
+  assert sent.move.kind == "to-host" and sent.move.bytes == 4096 and finished == Done(sent.key)
+
+
+def test_a_trace_survives_json():
+  made = trace.of_program(program.read(TEXT), PLACES, "TPU v5")
+  assert trace.from_json(json.loads(json.dumps(trace.to_json(made)))) == made
