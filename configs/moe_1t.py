@@ -1,6 +1,6 @@
 """A mixture of 1.03 T parameters, 33 B of them active: after Kimi K2 (Kimi Team, arXiv 2507.20534, table 2 and section 2).
 
-For 4,096 v5p chips: experts over 8, FSDP over 512, 1 sequence of 4,096 tokens a chip, 16.8 M tokens a step.
+For 4,096 v5p chips: experts over a ring of 16, FSDP over 256, 4 sequences of 4,096 tokens a chip, 67 M tokens a step.
 
 Latent attention with 64 heads, 384 experts of which a token uses 8 beside a shared one, a bias that balances them
 without a loss, no groups; the first layer is dense. 60 layers with experts divide into 2 to 60 stages of a pipeline.
@@ -21,7 +21,7 @@ def get_config():
   c = default()
   families.preset(c, "kimi-k2")
   c.run.steps = 1_000_000
-  c.data.batch_size = 4096
+  c.data.batch_size = 16384
   c.data.length = 4096
   c.loss.balance_loss = 1e-4
   c.loss.router_z_loss = 0.0
@@ -30,6 +30,6 @@ def get_config():
   c.optimizer.schedule = "wsd"
   c.optimizer.warmup_steps = 500
   c.mesh.topology = "v5p:16x16x16"
-  c.mesh.expert = 8
+  c.mesh.expert = 16
   c.mesh.fsdp = -1
   return c

@@ -6,7 +6,7 @@ on a chip, and every time is a prediction.
 
   --config.group.option=value  as for train
   --json F, --html F           the same as data (perf/report.py says which), and as a page with charts
-  --hlo DIR                    the scheduled program, and its trace
+  --hlo DIR                    the scheduled program, and its trace; not with --search, nor are these two
   --search                     compile the best layouts, remat policies and microbatches instead (perf/search.py)
   --plan F                     write a plan: `train --plan F` runs it
   --docstrings [F ...]         write the prediction into the docstring of each config (all in configs/), and stop
@@ -76,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
   except UserError as e:
     print(f"{PROGRAM}: {e}", file=sys.stderr)
     return e.exit_code
+  except OSError as e:  # a file, or what a source or a library wants from a network
+    print(f"{PROGRAM}: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
+    return 1
 
 
 def run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -85,7 +88,8 @@ def run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None
     UserError: the config is wrong or does not fit, or the compiler failed.
   """
   config = config_lib.load(arguments.config, overrides)
-  topology, slices = arguments.topology or config.mesh.topology, arguments.slices or config.mesh.slices or 1
+  topology, slices = arguments.topology or config.mesh.topology, config.mesh.slices or 1
+  slices = slices if arguments.slices is None else arguments.slices
   if not topology:
     raise ConfigError(f"{arguments.config} says no mesh.topology, and a plan is for TPU chips: give some, as in "
                       "--topology v5p:4x4x4")  # fmt: skip
@@ -93,24 +97,51 @@ def run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None
     chips.check(topology)
   if slices < 1:
     raise ConfigError(f"--slices {slices}: give the number of slices, from 1 on")
+  _outputs(arguments)
   config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=0, topology=topology))
   config = ready(config, topology, slices)
   if arguments.search:
-    _search(config, arguments, topology, slices)
+    _search(config, arguments, dict(overrides), topology, slices)
     return
   compiled = compile_step(config, arguments.config, topology, slices)
-  from maxscale.perf import report
+  from maxscale.perf import page, report
 
-  made = report.make(compiled)
+  try:
+    made = report.make(compiled)
+  except ValueError as e:  # a loop of unknown trips, a chip that is in no table
+    raise UserError(f"{arguments.config} compiles for {topology}, but what it takes is unknown: {e}") from e
   print(report.text(made), flush=True)
   if arguments.json:
     _write(arguments.json, json.dumps(made.to_json(), indent=2))
   if arguments.html:
-    _write(arguments.html, report.html_page(made))
+    _write(arguments.html, page.html_page(made))
   if arguments.hlo:
     _hlo(compiled, arguments.hlo)
   if arguments.plan:
     _plan(made, arguments.config, dict(overrides)).save(arguments.plan)
+
+
+def _outputs(arguments: argparse.Namespace) -> None:
+  """Refuses what cannot be written before minutes of compiling, and makes the folders of what can.
+
+  Raises:
+    ConfigError: a search is asked for the report of one layout, or a path is a folder that should be a file, or below a
+      file.
+  """
+  report = [f"--{name}" for name in ("json", "html", "hlo") if getattr(arguments, name)]
+  if arguments.search and report:
+    raise ConfigError(f"{' and '.join(report)} go with a plan of one layout, not with --search: search first, and give the "
+                      "options that it finds in a second call")  # fmt: skip
+  for name in ("json", "html", "plan", "hlo"):
+    path = getattr(arguments, name)
+    if not path:
+      continue
+    if name != "hlo" and os.path.isdir(path):
+      raise ConfigError(f"--{name} {path}: this is a folder; name a file")
+    try:
+      os.makedirs(path if name == "hlo" else os.path.dirname(path) or ".", exist_ok=True)
+    except OSError as e:
+      raise ConfigError(f"--{name} {path}: its folder cannot be made: {e.strerror}") from e
 
 
 def ready(config: Config, topology: str, slices: int) -> Config:
@@ -150,7 +181,7 @@ def compile_step(config: Config, path: str, topology: str, slices: int) -> Compi
     flags = compiler.resolve(compiler.chip_of_topology(topology), compiler.features(config, slices), compiler.given(),
                              config.run.flags)  # fmt: skip
     name = compiler.culprit(config, topology, slices, flags)
-    hint = f'without {name} it works: --config.run.flags.{name}=""' if name else "no single option is the cause"
+    hint = f'without {name} it works: --config.run.flags.{name}=""' if name else "no single option was found to be why"
     raise UserError(f"the compiler failed on {path} for {topology}: {str(e).strip().splitlines()[0]}; {hint}") from e
 
 
@@ -172,10 +203,13 @@ def too_large(config: Config, path: str, topology: str, slices: int, oom: Any) -
   return "\n".join(lines)
 
 
-def _search(config: Config, arguments: argparse.Namespace, topology: str, slices: int) -> None:
+def _search(
+  config: Config, arguments: argparse.Namespace, overrides: dict[str, str], topology: str, slices: int
+) -> None:
   from maxscale.perf import search
 
-  found = search.run(config, arguments.config, topology, slices, say=lambda line: print(line, flush=True))
+  say = lambda line: print(line, flush=True)  # noqa: E731
+  found = search.run(config, arguments.config, topology, slices, overrides=overrides, say=say)
   print("\n".join(["", "seconds and HBM by the closed form, best first:", *found.lines]))
   p = found.plan.predicted
   print(f"\nthe plan, predicted ({p['by']}): {p['seconds']:.3f} s, {p['tokens_per_second_per_chip']:,.0f} tokens/s/chip, "
@@ -196,11 +230,9 @@ def _plan(made: Report, path: str, overrides: Mapping[str, str]) -> Any:
 
 
 def _hlo(compiled: Compiled, folder: str) -> None:
-  from maxscale.perf import trace
+  from maxscale.perf import predict, trace
 
-  mesh = compiled.step.mesh
-  events = trace.of_program(compiled.program, trace.coordinates(mesh), mesh.devices.flat[0].device_kind, mesh)
-  os.makedirs(folder, exist_ok=True)
+  events = predict.events_of(compiled)
   _write(os.path.join(folder, "program.txt"), compiled.text)
   _write(os.path.join(folder, "trace.json"), json.dumps(trace.to_json(events)))
 

@@ -15,7 +15,7 @@ from maxscale import plan
 from maxscale.config import ConfigError
 from maxscale.errors import UserError
 from maxscale.models import loss  # noqa: F401  (JAX is there before the rest: this process runs on the CPU)
-from maxscale.perf import advice, analytic, collectives, gate, report, simulate
+from maxscale.perf import advice, analytic, collectives, gate, page, report, simulate
 from maxscale.perf import trace as traces
 from maxscale.sharding import chips
 
@@ -54,6 +54,17 @@ def test_a_topology_that_is_none_is_one_message(capsys, topology, says):
     ([], "--config is missing"),
     (["--config", "configs/tiny.py"], "--topology v5p:4x4x4"),
     (["--config", "configs/llama3_8b.py", "--slices", "-2"], "from 1 on"),
+    (["--config", "configs/llama3_8b.py", "--slices", "0"], "from 1 on"),
+    (
+      ["--config", "configs/llama3_8b.py", "--search", "--json", "a", "--hlo", "b"],
+      "--json and --hlo go with a plan of one",
+    ),
+    (["--config", "configs/llama3_8b.py", "--plan", "tests"], "--plan tests: this is a folder"),
+    (
+      ["--config", "configs/llama3_8b.py", "--html", "README.md/x/a.html"],
+      "--html README.md/x/a.html: its folder cannot",
+    ),
+    (["--config", "configs/llama3_8b.py", "--hlo", "README.md"], "--hlo README.md: its folder cannot be made"),
     (["--config", "configs/lama3_8b.py"], "did you mean configs/llama3_8b.py"),
     (["--config", "configs/llama3_8b.py", "--tpology", "v5p:2x2x1"], "unknown argument '--tpology'"),
     (["--config", "configs/llama3_8b.py", "--config.mesh.fspd=2"], "fspd"),
@@ -171,8 +182,8 @@ def test_the_json_is_flat_and_whole():
 
 
 def test_the_page_needs_no_network():
-  page = report.html_page(made())
-  own = re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)  # plotly itself
+  shown = page.html_page(made())
+  own = re.sub(r"<script>.*?</script>", "", shown, count=1, flags=re.DOTALL)  # plotly itself
   assert "https://" not in own.replace("https://plot.ly", "") and "<link" not in own and "src=" not in own
   assert "try &lt;this&gt;" in own and "a torus" in own
   for text in ("forward of a layer (4 trips)", "backward of a layer (4 trips)", "all-gather fsdp", "HBM of a device"):
@@ -286,6 +297,82 @@ def test_a_compiler_that_fails_names_the_option(monkeypatch):
     "the compiler failed on configs/x.py for v5p:2x2x1: INTERNAL: Mosaic failed to compile the kernel; without xla_some"
   )
   assert str(e.value).startswith(said) and "more" not in str(e.value) and e.value.exit_code == 1
+
+
+ONE = ["--config", "configs/llama3_8b.py", "--topology", "v5p:2x2x1"]
+
+
+def planned(monkeypatch, compile, report_of=lambda _: made()):
+  monkeypatch.setattr(plan, "ready", lambda config, *_: config)
+  monkeypatch.setattr(plan, "compile_step", compile)
+  monkeypatch.setattr(report, "make", report_of)
+
+
+def test_folders_are_made_before_anything_compiles(monkeypatch, tmp_path, capsys):
+  folders = [tmp_path / name for name in ("json", "html", "plan", "hlo/of")]
+  outputs = [
+    "--json",
+    f"{tmp_path}/json/r.json",
+    "--html",
+    f"{tmp_path}/html/r.html",
+    "--plan",
+    f"{tmp_path}/plan/p.json",
+  ]
+
+  def compiled(*_):
+    assert all(folder.is_dir() for folder in folders)
+
+  planned(monkeypatch, compiled)
+  monkeypatch.setattr(plan, "_hlo", lambda *_: None)
+  assert plan.main([*ONE, *outputs, "--hlo", f"{tmp_path}/hlo/of"]) == 0, capsys.readouterr().err
+  assert json.loads((tmp_path / "json/r.json").read_text()) and (tmp_path / "plan/p.json").is_file()
+
+
+@pytest.mark.parametrize(
+  "error", [ValueError("the trips of loop.7 are unknown"), ConnectionError("no route to some.host")]
+)
+def test_what_goes_wrong_after_the_compile_is_one_line(monkeypatch, capsys, error):
+  def fail(_):
+    raise error
+
+  planned(monkeypatch, lambda *_: None, fail)
+  assert plan.main(ONE) == 1
+  err = capsys.readouterr().err
+  assert str(error) in err and err.startswith("python -m maxscale.plan: ") and len(err.splitlines()) == 1
+
+
+def test_a_search_is_given_what_the_user_changed(monkeypatch, tmp_path, capsys):
+  from maxscale.perf import plans, search
+
+  def run(config, path, topology, slices, overrides, say):
+    predicted = {"by": "compiled", "seconds": 1.0, "tokens_per_second_per_chip": 1.0, "hbm": GIB}
+    return search.Search([], [], plans.Plan(path, topology, slices, overrides, predicted=predicted), [])
+
+  planned(monkeypatch, pytest.fail)
+  monkeypatch.setattr(search, "run", run)
+  path = str(tmp_path / "new/plan.json")
+  assert plan.main([*ONE, "--search", "--plan", path, "--config.data.batch_size=512"]) == 0
+  assert plans.load(path).options == {"data.batch_size": "512"}
+
+
+def test_hfu_has_the_attention_that_jax_does_not_count():
+  import jax
+  import jax.numpy as jnp
+  from jax.experimental import pallas as pl
+
+  from maxscale.perf import predict
+
+  def step(name):
+    def double(x, out):
+      out[...] = 2 * x[...]
+
+    x = jnp.ones((8, 128), jnp.float32)
+    kernel = pl.pallas_call(double, jax.ShapeDtypeStruct(x.shape, x.dtype), name=name)
+    return jax.make_jaxpr(lambda x: kernel(x) @ x.T)(x)
+
+  product = 2 * 8 * 8 * 128
+  assert predict.executed(step("splash_mha_fwd"), 4, timeline()) == product / 4 + 4e12  # four trips
+  assert predict.executed(step("another"), 4, timeline()) == product / 4
 
 
 # ---- docstrings
@@ -409,6 +496,7 @@ def test_a_small_config_is_planned(tmp_path):
   layer = 4 * 128 * 128 + 3 * 128 * 256 + 2 * 128
   assert found["parameters"] == 2 * 1024 * 128 + 2 * layer + 128 == found["active_parameters"]
   p = found["predicted"]
+  assert p["hfu"] >= p["mfu"] > 0
   assert p["low"] < p["seconds"] < p["high"] and sum(p["classes"].values()) == pytest.approx(p["seconds"])
   assert sum(part["seconds"] for part in p["parts"]) == pytest.approx(p["seconds"])
   assert sum(found["hbm"].values()) == pytest.approx(found["peak"]) and found["fits"]

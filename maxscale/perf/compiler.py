@@ -105,7 +105,7 @@ TUNED_STEPS = 2000  # a run of as many steps gains more than the minutes that a 
 _PCI_VENDOR, _PCI = "0x1ae0", {"0x005e": "TPU v4", "0x0062": "TPU v5p", "0x0063": "TPU v5e", "0x006f": "TPU v6e",
                                "0x0076": "TPU7x"}  # fmt: skip
 _PROBED_ON = {"TPU v5p": "v5p:2x2x1", "TPU v6e": "v6e:2x2", "TPU7x": "tpu7x:2x2x1"}
-_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+ADDED = "MAXSCALE_LIBTPU_FLAGS"  # the end of LIBTPU_INIT_ARGS that is from here, for this process and its children
 # What libtpu says of a flag and XLA of an option, unknown or with a wrong value.
 _REFUSED = re.compile(
   r"(?:Unknown command line flag|specified for flag|No such compile option:|into flag|setting option) '?(\w+)"
@@ -171,10 +171,24 @@ def resolve(
   return Flags({n: v for n, v in values.items() if n not in init}, {n: values[n] for n in values if n in init}, dropped)
 
 
+def own_arguments() -> str:
+  """The user's LIBTPU_INIT_ARGS, without what `before_jax` put behind it."""
+  return os.environ.get("LIBTPU_INIT_ARGS", "").removesuffix(os.environ.get(ADDED, "")).strip()
+
+
 def given() -> dict[str, str]:
-  """The options that the environment has."""
+  """The options that the user's environment has."""
+  return _parsed(own_arguments())
+
+
+def in_force() -> dict[str, str]:
+  """The options that the environment has, those of `before_jax` among them."""
+  return _parsed(os.environ.get("LIBTPU_INIT_ARGS", ""))
+
+
+def _parsed(arguments: str) -> dict[str, str]:
   out = {}
-  for token in " ".join(os.environ.get(variable, "") for variable in _VARIABLES).split():
+  for token in f"{os.environ.get('XLA_FLAGS', '')} {arguments}".split():
     name, _, value = token.lstrip("-").partition("=")
     out[name] = value or "true"
   level = os.environ.get("JAX_OPTIMIZATION_LEVEL")
@@ -208,10 +222,10 @@ def before_jax(config: Config, chip: str | None, slices: int = 1) -> None:
   flags = resolve(chip, features(config, slices), given(), config.run.flags)
   for text in flags.dropped:
     say(text)
-  if chip in _PROBED_ON and flags.init:
-    init = probe(chip, flags.init, config.run.compile_cache)
-    own = os.environ.get("LIBTPU_INIT_ARGS", "").split()
-    os.environ["LIBTPU_INIT_ARGS"] = " ".join([*own, *_tokens(init)])
+  init = probe(chip, flags.init, config.run.compile_cache) if chip in _PROBED_ON and flags.init else {}
+  if init or ADDED in os.environ:  # a parent's are for its config
+    own, added = own_arguments(), " ".join(_tokens(init))
+    os.environ.update({"LIBTPU_INIT_ARGS": f"{own} {added}".strip(), ADDED: added})
 
 
 @functools.cache  # once, however many programs there are
@@ -262,7 +276,7 @@ def attempt(job: Mapping[str, Any], init: Mapping[str, str] | None = None, secon
     init: flags for LIBTPU_INIT_ARGS, beside the user's own.
     seconds: that it may take.
   """
-  arguments = " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *_tokens(init or {})]).strip()
+  arguments = " ".join([own_arguments(), *_tokens(init or {})]).strip()
   variables = {**os.environ, "JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": arguments}
   try:
     done = subprocess.run([sys.executable, "-m", "maxscale.perf.compiler"], input=json.dumps(job), env=variables,
@@ -337,12 +351,13 @@ def bisect(
 
 
 def culprit(config: Config, topology: str, slices: int, flags: Flags, seconds: float = 900.0) -> str | None:
-  """The option that the compile of a config's step for a topology fails with, by `bisect`."""
+  """The option that the compile of a config's step for a topology fails with, by `bisect`, in so many seconds."""
   job = {"config": config_lib.to_json(config), "topology": topology, "slices": slices}
+  end = time.monotonic() + seconds
 
   def works(some: dict[str, str]) -> bool:
     init = {name: value for name, value in some.items() if name in flags.init}
-    return not attempt({**job, "compile": _without(some, init)}, init, seconds)
+    return not attempt({**job, "compile": _without(some, init)}, init, max(1.0, end - time.monotonic()))
 
   return bisect(flags.compile | flags.init, works, seconds=seconds)
 

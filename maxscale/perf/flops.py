@@ -155,7 +155,8 @@ def inner_jaxprs(values: Iterable[Any]) -> Iterable[Any]:
       yield value
 
 
-def _dot(eqn: Any) -> float:
+def dot_flops(eqn: Any) -> float:
+  """Of an equation `dot_general`: two for each element of the result and each element that is contracted."""
   (contracted, _), _ = eqn.params["dimension_numbers"]
   lhs = eqn.invars[0].aval.shape
   return 2.0 * eqn.outvars[0].aval.size * math.prod(lhs[d] for d in contracted)
@@ -176,4 +177,4 @@ def _convolution(eqn: Any) -> float:
   return 2.0 * eqn.outvars[0].aval.size * kernel.size / features
 
 
-_MATMULS = {"dot_general": _dot, "ragged_dot_general": _ragged_dot, "conv_general_dilated": _convolution}
+_MATMULS = {"dot_general": dot_flops, "ragged_dot_general": _ragged_dot, "conv_general_dilated": _convolution}

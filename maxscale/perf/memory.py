@@ -379,6 +379,11 @@ def _gib(size: float) -> str:
   return f"{size / 2**30:.3f}"
 
 
+def peak(analysis: Any) -> int:
+  """Bytes of a device's HBM that a program needs at once with its code, of `jax.stages.Compiled.memory_analysis`."""
+  return analysis.peak_memory_in_bytes - analysis.host_argument_size_in_bytes + analysis.generated_code_size_in_bytes
+
+
 def classes(compiled: aot.Compiled) -> Memory:
   """HBM by class of a compiled step.
 
@@ -391,8 +396,7 @@ def classes(compiled: aot.Compiled) -> Memory:
     raise ValueError(f"the memory of {device!r} is in no table" if chip is None else "the compiler reports no memory")
   parts, host = attribute(compiled.program, known(compiled))
   parts["program"] = analysis.generated_code_size_in_bytes
-  peak = analysis.peak_memory_in_bytes - analysis.host_argument_size_in_bytes + analysis.generated_code_size_in_bytes
-  return Memory(chip.hbm / chip.devices, peak, _ordered(parts), _ordered(host))
+  return Memory(chip.hbm / chip.devices, peak(analysis), _ordered(parts), _ordered(host))
 
 
 def attribute(program: Program, known: Known) -> tuple[dict[str, int], dict[str, int]]:

@@ -21,27 +21,28 @@ SWITCH_LAUNCH, ROUND_TRIP, CHUNK_SECONDS, CHUNK_BYTES = 45e-6, 31e-6, 6e-6, 4 * 
 _REDUCING = {"all-reduce": 2.0}  # a reduce-scatter and an all-gather
 
 
-def seconds(kind: str, bytes: float, chip: Chip, dims: Dims, share: float = 1.0) -> float:
+def seconds(kind: str, bytes: float, chip: Chip, dims: Dims, share: float = 1.0, hops: float = 1.0) -> float:
   """A collective of one group inside a slice.
 
   Args:
     kind, bytes: as in `perf.collectives`: the whole array of an all-gather or reduction, a device's of every other.
     dims: what the group spans. Empty: the devices of one chip, which share its memory.
     share: of the chip's links that this group has (a half where the two devices of a chip are in different groups).
+    hops: of a permutation, the mean from source to target: all devices send at once, so as many share a link.
   """
   if not dims:
     return 0.0
   link = chip.link_bytes * share
-  hops = sum(n / 2 if wraps else n - 1 for n, wraps in dims)
+  latency = HOP_SECONDS * sum(n / 2 if wraps else n - 1 for n, wraps in dims)
   chips = math.prod(n for n, _ in dims)
   if kind == "collective-permute":
-    return bytes / link + HOP_SECONDS
+    return bytes * hops / link + latency
   if kind in ("all-to-all", "ragged-all-to-all"):
     longest = max(n / (8 if wraps else 4) for n, wraps in dims)
-    return bytes * longest / link + HOP_SECONDS * hops
+    return bytes * longest / link + latency
   bandwidth = link * sum(2 if wraps else 1 for _, wraps in dims)
   times = _REDUCING.get(kind, 1.0)
-  return times * (bytes * (chips - 1) / chips / bandwidth + HOP_SECONDS * hops)
+  return times * (bytes * (chips - 1) / chips / bandwidth + latency)
 
 
 def dcn_seconds(kind: str, bytes: float, chip: Chip, slices: int) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 from maxscale.perf import aot, calibration, flops, hardware, simulate, trace
 
@@ -17,6 +19,7 @@ class Prediction:
     low, high: seconds; 80% of the public step times of the calibration lie within as much of their prediction.
     tokens: of a step, over all chips.
     chips: of all slices.
+    hfu: of `executed`.
     unmodelled: kernels that the walk knows no cost of: they count as 0.
   """
 
@@ -44,6 +47,28 @@ class Prediction:
     return self.timeline.classes()
 
 
+def executed(jaxpr: Any, devices: int, timeline: simulate.Timeline) -> float:
+  """Matmul FLOPs of a device in a step, recomputation included.
+
+  JAX's attention kernels ("splash") have no cost estimate: theirs are those of the timeline, as far as the mask leaves
+  them.
+  """
+  notes: list[str] = []
+  counted = flops.jaxpr_flops(jaxpr, notes) / devices
+  if not any("splash" in note for note in notes):
+    return counted
+  return counted + math.fsum(span.what.useful * times for span, times in simulate.flat(timeline.spans)
+                             if isinstance(span.what, trace.Work) and span.what.kind == "attention")  # fmt: skip
+
+
+def events_of(compiled: aot.Compiled) -> trace.Trace:
+  """The trace of a compiled step, with as many rows for its experts as come when all are chosen equally often."""
+  mesh, parts = compiled.step.mesh, compiled.step.rules.factor("experts", "compute")
+  spare = min(compiled.step.config.sharding.expert_buffer, parts) if parts > 1 else 1.0
+  kind = mesh.devices.flat[0].device_kind
+  return trace.of_program(compiled.program, trace.coordinates(mesh), kind, mesh, spare)
+
+
 def predict(compiled: aot.Compiled) -> Prediction:
   """The prediction for a compiled step.
 
@@ -55,7 +80,7 @@ def predict(compiled: aot.Compiled) -> Prediction:
   chip = hardware.chip_of(device.device_kind)
   if chip is None:
     raise ValueError(f"the hardware table (perf/hardware.py) has no chip {device.device_kind!r}")
-  events = trace.of_program(compiled.program, trace.coordinates(mesh), device.device_kind, mesh)
+  events = events_of(compiled)
   timeline = simulate.run(events, chip, calibration.rates(chip))
   low, high = calibration.interval(chip)
   tokens, devices, seconds = config.data.batch_size * config.data.length, mesh.devices.size, timeline.seconds
@@ -65,7 +90,7 @@ def predict(compiled: aot.Compiled) -> Prediction:
     timeline=timeline, low=seconds * low, high=seconds * high, tokens=tokens, chips=devices // chip.devices,
     mfu=flops.mfu(model, config.data.length, rate, peak),
     mfu_full_mask=flops.mfu_full_mask(model, config.data.length, rate, peak),
-    hfu=flops.jaxpr_flops(compiled.traced.jaxpr) / devices / seconds / peak,
+    hfu=executed(compiled.traced.jaxpr, devices, timeline) / seconds / peak,
     unmodelled=sum(1 for w, _ in simulate.flat(timeline.spans) if isinstance(w.what, trace.Work)
                    and w.what.kind == "kernel" and w.end == w.start),
   )  # fmt: skip

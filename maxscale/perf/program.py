@@ -22,8 +22,11 @@ _CLOSING = re.compile(r"\)(?:,|$)")  # of the operands: a `)` inside a type has 
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CALLED = re.compile(
-  r"(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
+  r"(calls|to_apply|body|condition|branch_computations|true_computation|false_computation|called_computations)"
+  r"=(\{[^}]*\}|%?[\w.\-]+)"
 )
+# What begins a computation on another thread; libtpu from 0.0.50 on gives it its operands by a `custom-call-update`.
+ASIDE = ("async-start", "call-start", "custom-call-start")
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 _CONSTANT = re.compile(r"[su]\d+\[\]\S* constant\((-?\d+)\)")
 _INDEX = re.compile(r"\bindex=(\d+)")
@@ -59,6 +62,11 @@ class Instruction:
     """What JAX called the operation that it comes from; "" where the compiler dropped it."""
     found = _OP_NAME.search(self.text)
     return found.group(1) if found else ""
+
+  @property
+  def beside(self) -> tuple[str, ...]:
+    """The computations that a call, or what begins one on another thread, runs."""
+    return next((self.called[a] for a in ("to_apply", "calls", "called_computations") if a in self.called), ())
 
   def number(self, pattern: re.Pattern[str]) -> int | None:
     """What the pattern's group finds in the text."""
@@ -119,8 +127,8 @@ class Program:
         inner = {"times": step.times * self.trips(i, name), "depth": step.depth + 1, "scope": scope}
       elif i.opcode == "conditional":
         called, inner = [c for attribute in _BRANCHES for c in i.called.get(attribute, ())], {"branch": True}
-      elif i.opcode in ("call", "async-start", "call-start"):
-        called = i.called.get("to_apply") or i.called.get("calls", ())
+      elif i.opcode in ("call", *ASIDE):
+        called = i.beside
         if i.opcode != "call":
           inner = {"thread": "sparsecore" if 'async_execution_thread="sparsecore"' in i.text else "async"}
       for computation in called:

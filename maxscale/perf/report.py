@@ -1,4 +1,4 @@
-"""What is known of a compiled step before any chip runs it: as text, as JSON, and as one HTML file that needs no network.
+"""What is known of a compiled step before any chip runs it, as text and as JSON; perf/page.py shows it as HTML.
 
 The JSON (`Report.to_json`) is flat and has version 1. Bytes and seconds are those of one JAX device and of one step.
 
@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import html
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from maxscale.perf import advice, aot, collectives, compiler, flops, hardware, memory, predict, search, simulate, trace
@@ -134,7 +132,7 @@ def make(compiled: aot.Compiled) -> Report:
   found, hbm, chip = predict.predict(compiled), memory.classes(compiled), hardware.chip_of(kind)
   assert chip  # otherwise there is no prediction
   peak, products = chip.bf16 / chip.devices, part_flops(compiled.traced.jaxpr)
-  flags = compiler.given() | compiler.options(kind, config, compiled.slices)
+  flags = compiler.in_force() | compiler.options(kind, config, compiled.slices)
   all_parts = parts(found.timeline, products, peak)
   rows = collective_rows(found.timeline, collectives.collectives(compiled.program), step.mesh)
   classes = with_bubble(found.timeline, step.schedule.stages, step.schedule.bubble)
@@ -175,7 +173,7 @@ def part_flops(jaxpr: Any, outer: str = "", times: float = 1) -> dict[str, float
   for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     name = f"{outer}/{eqn.source_info.name_stack}"
     if eqn.primitive.name == "dot_general":
-      out[trace._part(name)] += times * flops._dot(eqn)
+      out[trace.part_of(name)] += times * flops.dot_flops(eqn)
     many = eqn.params["length"] if eqn.primitive.name == "scan" else 1
     if eqn.primitive.name != "pallas_call":
       for inner in flops.inner_jaxprs(eqn.params.values()):
@@ -255,11 +253,12 @@ def collective_rows(timeline: simulate.Timeline, found: Iterable[collectives.Col
 
 def text(r: Report) -> str:
   """All of a report but the timeline, for a terminal."""
-  return "\n\n".join([header(r), _hbm_text(r), step_text(r), _classes_text(r), _parts_text(r), _collectives_text(r),
-                      _advice_text(r)])  # fmt: skip
+  return "\n\n".join([header(r), hbm_text(r), step_text(r), classes_text(r), parts_text(r), collectives_text(r),
+                      advice_text(r)])  # fmt: skip
 
 
 def header(r: Report) -> str:
+  """What was compiled, and for what."""
   active = f" ({r.active_parameters:,} of a token)" if r.active_parameters != r.parameters else ""
   axes = " ".join(f"{axis}={n}" for axis, n in r.mesh.items() if n > 1) or "one device"
   slices = f"{r.slices} slices of " if r.slices > 1 else ""
@@ -270,6 +269,7 @@ def header(r: Report) -> str:
 
 
 def step_text(r: Report) -> str:
+  """The predicted step, its throughput and its utilisation."""
   p = r.predicted
   unknown = f"; {p.unmodelled} kernels of unknown cost count as 0 s" if p.unmodelled else ""
   one, unit = _unit(p.seconds)
@@ -284,7 +284,8 @@ def _unit(step: float) -> tuple[float, str]:
   return (1.0, "s") if step >= 1 else (1e3, "ms")
 
 
-def _hbm_text(r: Report) -> str:
+def hbm_text(r: Report) -> str:
+  """Memory of a device by class, and whether it fits."""
   rows = [(name, f"{size / GIB:.3f}", f"{size / r.peak:.1%}") for name, size in r.hbm.items()]
   rows.append(("peak", f"{r.peak / GIB:.3f}", "100.0%"))
   verdict = f"fits: {r.headroom / GIB:.2f} GiB of {r.capacity / GIB:.2f} are free"
@@ -294,13 +295,15 @@ def _hbm_text(r: Report) -> str:
   return f"{_table([('HBM of a device', 'GiB', 'of peak'), *rows])}\n{verdict}{host}"
 
 
-def _classes_text(r: Report) -> str:
+def classes_text(r: Report) -> str:
+  """Seconds of a step by class."""
   p, (one, unit) = r.predicted, _unit(r.predicted.seconds)
   rows = [(cls, f"{s * one:.4f}", f"{s / p.seconds:.1%}") for cls, s in p.classes.items()]
   return _table([("time by class, predicted", unit, "of step"), *rows])
 
 
-def _parts_text(r: Report) -> str:
+def parts_text(r: Report) -> str:
+  """Seconds and FLOPs of a step by part of the model."""
   p, (one, unit) = r.predicted, _unit(r.predicted.seconds)
   rows = []
   for part in p.parts:
@@ -311,7 +314,8 @@ def _parts_text(r: Report) -> str:
   return _table([head, *rows])
 
 
-def _collectives_text(r: Report) -> str:
+def collectives_text(r: Report) -> str:
+  """Collectives by kind and axes: bytes, executions and seconds."""
   one, unit = _unit(r.predicted.seconds)
   rows = [(c.kind, c.over, f"{c.bytes / MIB:,.1f}", str(c.times), str(c.synchronous), f"{c.seconds * one:.4f}",
            f"{c.exposed * one:.4f}") for c in r.collectives]  # fmt: skip
@@ -319,7 +323,8 @@ def _collectives_text(r: Report) -> str:
   return _table([head, *rows]) if rows else "no collectives"
 
 
-def _advice_text(r: Report) -> str:
+def advice_text(r: Report) -> str:
+  """What to try next, numbered."""
   lines = [f"  {n}. {a}" for n, a in enumerate(r.advice, 1)]
   return "\n".join(["what to try next:", *(lines or ["  nothing that would gain 1% of the step was found"])])
 
@@ -333,115 +338,3 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     cells = (c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, number))
     lines.append("  ".join(cells).rstrip())
   return "\n".join(lines)
-
-
-# ---- as HTML
-
-_STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
-h1 { margin-bottom: 0 } h2 { margin-top: 2em } pre { background: #f5f5f5; padding: 1em; overflow-x: auto }
-.charts { display: grid; grid-template-columns: 1fr 1fr; gap: 8px }
-@media (max-width: 800px) { .charts { grid-template-columns: 1fr } }
-"""
-_COLOURS = {
-  "matmul": "#2e9e5b", "attention": "#7fb24f", "grouped": "#4fb3bf", "kernel": "#3f7fbf", "vector": "#e0a030",
-  "copy": "#c7b299", BUBBLE: "#8c8c8c",
-}  # fmt: skip
-_WAITING = "#c0392b"  # exposed transfers
-_LANES = ("core", "links", "dcn", "host")
-
-
-def html_page(r: Report) -> str:
-  """One page with charts; it loads nothing."""
-  from plotly.offline import get_plotlyjs
-
-  name = html.escape(f"{r.config} on {r.topology}")
-  blocks = [header(r), step_text(r)]
-  body = [
-    f"<h1>{name}</h1>", *(f"<p>{html.escape(b).replace(chr(10), '<br>')}</p>" for b in blocks),
-    _charts([_bars("HBM of a device at the peak, GiB", {k: v / GIB for k, v in r.hbm.items()}, r.peak / GIB),
-             _bars("predicted seconds of a step by class", r.predicted.classes, r.predicted.seconds)]),
-    "<h2>One layer, predicted</h2>", *(f"<div>{_div(f)}</div>" for f in layers(r.timeline)),
-    *(f"<h2>{title}</h2><pre>{html.escape(content)}</pre>" for title, content in (
-      ("HBM", _hbm_text(r)), ("Time by part", _parts_text(r)), ("Collectives", _collectives_text(r)),
-      ("The mesh on the machine", r.torus), ("What to try next", _advice_text(r)),
-      ("Compiler options", json.dumps(r.flags, indent=2)))),
-  ]  # fmt: skip
-  page = ["<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-          "<meta name='viewport' content='width=device-width'>",
-          f"<title>{name}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>", *body,
-          "</body></html>"]  # fmt: skip
-  return "\n".join(page)
-
-
-def _charts(figures: Iterable[Any]) -> str:
-  return f"<div class='charts'>{''.join(f'<div>{_div(f)}</div>' for f in figures)}</div>"
-
-
-def _div(figure: Any) -> str:
-  return figure.to_html(full_html=False, include_plotlyjs=False)
-
-
-def _figure(title: str, x: str, height: int) -> Any:
-  import plotly.graph_objects as go
-
-  figure = go.Figure()
-  figure.update_layout(title=title, xaxis_title=x, height=height, template="plotly_white")
-  figure.update_layout(margin={"l": 50, "r": 20, "t": 60, "b": 40}, title={"y": 0.97, "yanchor": "top"})
-  return figure
-
-
-def _bars(title: str, values: Mapping[str, float], total: float) -> Any:
-  shown = sorted(((name, v) for name, v in values.items() if v > 0), key=lambda item: item[1])
-  figure = _figure(title, "", max(320, 26 * len(shown) + 100))
-  figure.add_bar(x=[v for _, v in shown], y=[name for name, _ in shown], orientation="h",
-                 marker_color=[_colour(name) for name, _ in shown], text=[f"{v / total:.1%}" for _, v in shown],
-                 hovertemplate="%{x:.4g}<extra>%{y}</extra>")  # fmt: skip
-  return figure
-
-
-def _colour(name: str) -> str:
-  return _WAITING if name.startswith("exposed") else _COLOURS.get(name, "#5b7fa5")
-
-
-def layers(spans: tuple[simulate.Span, ...]) -> list[Any]:
-  """A timeline of one trip of the loop over layers of the forward pass, and one of the backward pass."""
-  found = ((s for s in _loops(spans) if s.what.part == phase) for phase in ("forward", "backward"))
-  longest = (max(loops, key=lambda s: s.end - s.start, default=None) for loops in found)
-  return [_timeline(loop) for loop in longest if loop]
-
-
-def _loops(spans: Iterable[simulate.Span]) -> Iterator[Any]:
-  for span in spans:
-    if isinstance(span.what, Loop):
-      yield span
-      yield from _loops(span.inside)
-
-
-def _timeline(loop: simulate.Span) -> Any:
-  """Spans of a trip, a lane for each resource."""
-  assert isinstance(loop.what, Loop)
-  title = f"{loop.what.part} of a layer ({loop.what.times} trips), seconds of one trip"
-  figure = _figure(title, "seconds", 320)
-  lanes: dict[str, list[simulate.Span]] = collections.defaultdict(list)
-  for span in loop.inside:
-    lanes[simulate.label(span.what) if isinstance(span.what, Move) else _kind(span)].append(span)
-  for name, group in lanes.items():
-    figure.add_bar(name=name, y=[s.resource for s in group], base=[s.start for s in group],
-                   x=[s.end - s.start for s in group], orientation="h", customdata=[_hover(s) for s in group],
-                   marker={"color": _WAITING if isinstance(group[0].what, Move) else _colour(name), "line": {"width": 0}},
-                   hovertemplate="%{customdata}<extra></extra>")  # fmt: skip
-  figure.update_layout(barmode="overlay", yaxis={"type": "category", "categoryorder": "array",
-                                                 "categoryarray": _LANES[::-1]})  # fmt: skip
-  return figure
-
-
-def _kind(span: simulate.Span) -> str:
-  return span.what.kind if isinstance(span.what, Work) else "loop"
-
-
-def _hover(span: simulate.Span) -> str:
-  what, took = span.what, f"{(span.end - span.start) * 1e6:.0f} us"
-  if isinstance(what, Move):
-    return f"{simulate.label(what)}, {what.bytes / MIB:.1f} MiB, {what.part}: {took}, waited {span.waited * 1e6:.0f} us"
-  return f"{_kind(span)} {what.part}: {took}"

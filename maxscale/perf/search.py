@@ -28,6 +28,7 @@ from maxscale.models import remat
 from maxscale.perf import analytic, compiler
 from maxscale.perf.hardware import GIB, Chip
 from maxscale.perf.plans import Plan
+from maxscale.perf.work import Work
 from maxscale.sharding import layouts
 
 Options = dict[str, Any]  # path -> value
@@ -185,7 +186,7 @@ class Ranking:
   def __init__(self, config: Config, chip: Chip, chips: tuple[int, ...], slices: int, efficiency: analytic.Efficiency):
     self.config, self.chip, self.chips, self.slices, self.efficiency = config, chip, chips, slices, efficiency
     self.devices = math.prod(chips) * chip.devices
-    self.works: dict[str, tuple[analytic.Work, analytic.Clock]] = {}
+    self.works: dict[str, tuple[Work, analytic.Clock]] = {}
 
   def look(self, options: Options, checked: bool = False) -> Candidate | None:
     """The candidate; None where the config cannot run so."""
@@ -196,7 +197,7 @@ class Ranking:
         step.check(config.data.batch_size, config.data.length)
     except ConfigError:
       return None
-    work = analytic.Work(step, "tpu" if self.chip.torus else "xla")
+    work = Work(step, "tpu" if self.chip.torus else "xla")
     clock = analytic.Clock(self.chip, self.chips, shape, step.rules, self.efficiency)
     out = Candidate(options, analytic.of(work, clock))
     self.works[out.name] = work, clock
@@ -222,7 +223,7 @@ class Ranking:
 
   def _with_policy(self, candidate: Candidate, policy: Options) -> Candidate | None:
     work, clock = self.works[candidate.name]
-    if work.step.schedule.stages > 1 and "offload" in policy["remat.table"].values():
+    if work.local.step.schedule.stages > 1 and "offload" in policy["remat.table"].values():
       return None  # what a pipeline keeps stays on the device (step.py)
     remat = config_lib.Remat(policy["remat.policy"], policy["remat.table"])
     return Candidate({**candidate.options, **policy}, analytic.of(work.with_remat(remat), clock))
@@ -252,16 +253,17 @@ def compile_candidate(config: Config, topology: str, slices: int) -> dict[str, A
   from maxscale import environment
 
   environment.prepare_plan(config, topology, slices)
-  from maxscale.perf import aot, predict
+  from maxscale.perf import aot, memory, predict
 
   try:
     made = aot.compile_step(config, topology, slices)
+    found = predict.predict(made)
   except Exception as e:  # the compiler has one type for all errors; most often there is too little memory
     return {"error": str(e).strip().splitlines()[0][:300]}
-  found, memory = predict.predict(made), made.executable.memory_analysis()
-  assert memory is not None, "a TPU program says what it needs"
+  analysis = made.executable.memory_analysis()
+  assert analysis is not None, "a TPU program says what it needs"
   return {"seconds": found.seconds, "low": found.low, "high": found.high, "classes": dict(found.classes),
-          "hbm": memory.peak_memory_in_bytes}  # fmt: skip
+          "hbm": memory.peak(analysis)}  # fmt: skip
 
 
 def _in_process(config: Config, topology: str, slices: int, seconds: float) -> dict[str, Any]:
@@ -284,20 +286,21 @@ def _in_process(config: Config, topology: str, slices: int, seconds: float) -> d
 def run(
   config: Config, path: str, topology: str, slices: int = 1, compiles: int = 4, budget: float = 1500.0,
   flag_sets: Sequence[Flags] = ({},), efficiency: analytic.Efficiency = analytic.DEFAULT,
-  say: Callable[[str], None] = print,
+  overrides: Options | None = None, say: Callable[[str], None] = print,
 ) -> Search:  # fmt: skip
   """The best plan for a config.
 
   Args:
     path: of the config's file, for the plan.
-    compiles: candidates that are compiled, each with every set of flags; 0, and chips that no compiler here is for: the
-      closed form decides alone.
+    compiles: candidates that are compiled, each with every set of flags, and up to three times as many more as long as
+      none of them works; 0, and chips that no compiler here is for: the closed form decides alone.
     budget: seconds after which no compile goes on.
     flag_sets: flags of a compile over those that the config has and the table gives (perf/compiler.py).
+    overrides: what the user changed of the file (path -> text or value): the plan has it, below what was found.
     say: is given a line about what is going on.
 
   Raises:
-    ConfigError: the topology is unknown, or nothing fits it.
+    ConfigError: the topology is unknown, nothing fits it, or nothing that was compiled works.
   """
   start = time.perf_counter()
   chip, chips = analytic.parse(topology)
@@ -311,7 +314,8 @@ def run(
     raise ConfigError(f"nothing fits {topology}: the leanest candidate ({best.name}) needs {e.bytes / GIB:.1f} GiB of "
                       f"{e.limit / GIB:.1f}; take more chips, or a smaller data.batch_size or data.length")  # fmt: skip
   compiled: list[Compiled] = []
-  for candidate, flags in itertools.product(shortlist(candidates, compiles if chip.torus else 0), flag_sets):
+  turn = _in_turn(candidates, compiled, compiles if chip.torus else 0)
+  for candidate, flags in ((candidate, flags) for candidate in turn for flags in flag_sets):
     left = budget - (time.perf_counter() - start)
     if left <= 0:
       say(f"the {budget:.0f} s are over: {len(compiled)} compiled")
@@ -325,14 +329,34 @@ def run(
       f"{candidate.name}{_flags_text(flags)}: {c.error or f'{c.seconds:.3f} s, {c.hbm / GIB:.1f} GiB'} ({c.took:.0f} s)"
     )
   good = sorted((c for c in compiled if not c.error), key=lambda c: (c.seconds, c.candidate.name))
+  if compiled and not good:
+    errors = "\n".join(f"  {c.candidate.name}{_flags_text(c.flags)}: {c.error}" for c in compiled)
+    raise ConfigError(f"none of the {len(compiled)} programs that were compiled for {topology} works; take more chips or a "
+                      f"smaller data.batch_size if memory is too small, or another topology:\n{errors}")  # fmt: skip
   winner = good[0] if good else None
-  plan = _plan(config, path, topology, slices, winner.candidate if winner else best, winner)
+  plan = _plan(config, path, topology, slices, winner.candidate if winner else best, winner, overrides or {})
   return Search(candidates, compiled, plan, explain(candidates, compiled))
 
 
+def _in_turn(candidates: Sequence[Candidate], compiled: Sequence[Compiled], count: int) -> Iterator[Candidate]:
+  """What to compile: the shortlist, and while nothing in `compiled`, which the caller adds to, works: the next best.
+
+  Where memory was too small these need less of it by the closed form; else they are of another mesh.
+  """
+  yield from shortlist(candidates, count)
+  for _ in range(3 * count):
+    if not all(c.error for c in compiled):
+      return
+    least = min((c.candidate.estimate.bytes for c in compiled if "RESOURCE_EXHAUSTED" in c.error), default=math.inf)
+    tried = {c.candidate.name for c in compiled}
+    more = candidates if least < math.inf else shortlist(candidates, len(candidates))
+    yield from [c for c in more if c.estimate.fits and c.name not in tried and c.estimate.bytes < 0.95 * least][:1]
+
+
 def _plan(
-  config: Config, path: str, topology: str, slices: int, candidate: Candidate, compiled: Compiled | None
-) -> Plan:
+  config: Config, path: str, topology: str, slices: int, candidate: Candidate, compiled: Compiled | None,
+  overrides: Options,
+) -> Plan:  # fmt: skip
   e, options = candidate.estimate, dict(candidate.options)
   if compiled and compiled.flags:
     options["run.flags"] = {**config.run.flags, **compiled.flags}
@@ -345,7 +369,9 @@ def _plan(
                  "classes": compiled.classes, "by": "compiled"}  # fmt: skip
   tokens, chips = config.data.batch_size * config.data.length, math.prod(analytic.parse(topology)[1]) * slices
   predicted["tokens_per_second_per_chip"] = tokens / predicted["seconds"] / chips
-  return Plan(path, topology, slices, options, flags, predicted, versions())
+  # An override of an option, or of something inside it, that the search chose would otherwise come behind it.
+  own = {p: v for p, v in overrides.items() if not any(f"{p}.".startswith(f"{chosen}.") for chosen in options)}
+  return Plan(path, topology, slices, own | options, flags, predicted, versions())
 
 
 def versions() -> dict[str, str]:

@@ -108,7 +108,7 @@ def seconds_of(what: Work | Move, chip: Chip, rates: Rates) -> float:
       return what.bytes / rates.host
     if what.slices > 1:
       return network.dcn_seconds(what.kind, what.bytes, chip, what.slices)
-    return network.seconds(what.kind, what.bytes, chip, what.dims, what.share * rates.links)
+    return network.seconds(what.kind, what.bytes, chip, what.dims, what.share * rates.links, what.hops)
   peak, memory = chip.bf16 / chip.devices, chip.hbm_bytes / chip.devices
   reached = {"attention": rates.attention, "grouped": rates.grouped, "kernel": rates.grouped}.get(what.kind, 1.0)
   return what.cycles / rates.clock + max(what.flops / (peak * reached), what.bytes / memory)

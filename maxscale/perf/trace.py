@@ -62,6 +62,7 @@ class Move:
     axes: names of mesh axes, if they are known.
     part: as that of `Work`.
     lane: which links it has for itself: those of one direction of a permutation; "": it shares all of them.
+    hops: of a permutation, the mean from source to target.
   """
 
   kind: str
@@ -72,6 +73,7 @@ class Move:
   axes: str = ""
   part: str = ""
   lane: str = ""
+  hops: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,18 +105,22 @@ Event = Work | Start | Done | Sync | Loop
 Trace = tuple[Event, ...]
 
 
-def of_program(program: Program, coordinates: Iterable[tuple[int, ...]], device_kind: str, mesh: Any = None) -> Trace:
+def of_program(
+  program: Program, coordinates: Iterable[tuple[int, ...]], device_kind: str, mesh: Any = None, spare: float = 1.0
+) -> Trace:
   """The trace of a program.
 
   Args:
     coordinates: (slice, x, y, z, core) of each device, in the program's order.
     device_kind: as JAX calls it.
     mesh: names the axes of collectives.
+    spare: rows that experts have room for, over those that come when all are chosen equally often: kernels of experts
+      are counted for the latter, and so are ragged exchanges.
 
   Raises:
     ValueError: the trips of a loop are unknown.
   """
-  return _Reader(program, np.array(list(coordinates)), device_kind, mesh).events(program.entry)
+  return _Reader(program, np.array(list(coordinates)), device_kind, mesh, spare).events(program.entry)
 
 
 def coordinates(mesh: Any) -> list[tuple[int, ...]]:
@@ -123,8 +129,8 @@ def coordinates(mesh: Any) -> list[tuple[int, ...]]:
 
 
 class _Reader:
-  def __init__(self, program: Program, places: np.ndarray, device_kind: str, mesh: Any):
-    self.program, self.mesh, self.keys = program, mesh, 0
+  def __init__(self, program: Program, places: np.ndarray, device_kind: str, mesh: Any, spare: float):
+    self.program, self.mesh, self.spare, self.keys = program, mesh, spare, 0
     # A program for several slices numbers the devices of one.
     self.slices = len(set(places[:, 0].tolist()))
     self.places = places[places[:, 0] == places[0, 0]][:, 1:]
@@ -147,15 +153,15 @@ class _Reader:
         keys.setdefault(end, []).append(self.keys)
         out.append(Start(self.keys, move))
 
-    receives = iter([i for i in body if i.opcode == "recv"])
+    receives = {m.group(1): ends.get(i.name) for i in body if i.opcode == "recv" and (m := _PARTNER.search(i.text))}
     for i in body:
       if i.name in chains.values() and i.opcode == "fusion":
         out += [w for w in [self._work(i)] if w]  # it computes while the last of the transfer goes on
       moves = list(self._moves(i, computation))
       for c, move in moves:
         end = ends.get(i.name)
-        if i.opcode in ("send", "recv"):
-          end = ends.get(next(receives, i).name, end)
+        if i.opcode == "send" and (partner := _PARTNER.search(i.text)):
+          end = receives.get(partner.group(1)) or end
         elif i.opcode == "fusion":
           end = next((chains[chain] for chain in self._chains(i)), None) if c is None or c.asynchronous else None
         start(move, end)
@@ -164,14 +170,14 @@ class _Reader:
         inner = self.events(i.called["body"][0])
         times = self.program.trips(i, computation)
         if inner and times:
-          out.append(Loop(times, inner, _part(i.op_name)))
+          out.append(Loop(times, inner, part_of(i.op_name)))
       elif i.opcode == "conditional":
         names = [
           c for a in ("branch_computations", "true_computation", "false_computation") for c in i.called.get(a, ())
         ]
-        out += max((self.events(c) for c in names), key=_cycles, default=())
+        out += max((self.events(c) for c in names), key=_rough_cycles, default=())
       elif i.opcode == "call":
-        for c in i.called.get("to_apply") or i.called.get("calls", ()):
+        for c in i.beside:
           out += self.events(c)
       elif not moves and i.name not in chains.values():
         out += [w for w in [self._work(i)] if w]
@@ -185,38 +191,66 @@ class _Reader:
     return {m.group(1) for j in inside if (m := _CHAIN.search(j.text))}
 
   def _work(self, i: Instruction) -> Work | None:
-    kind, part = self.program.kind(i), _part(i.op_name)
+    kind, part = self.program.kind(i), part_of(i.op_name)
     if kind == "kernel":
-      return _kernel(i, part, self.program) if 'custom_call_target="tpu_custom_call"' in i.text else None
+      if 'custom_call_target="tpu_custom_call"' not in i.text:
+        return None
+      work = _kernel(i, part, self.program)
+      if work.kind == "grouped":
+        return dataclasses.replace(work, flops=work.flops / self.spare, useful=work.useful / self.spare)
+      return work
     return Work(kind, part, i.cycles) if i.cycles else None
 
   def _moves(self, i: Instruction, computation: str) -> Iterator[tuple[Any, Move]]:
-    called = i.called.get("to_apply") or i.called.get("calls", ())
-    if i.opcode in ("call-start", "async-start"):
-      for c in called:
+    begun = i  # by which a computation on another thread is known
+    if i.opcode == "custom-call-update":
+      begun = self.program.definitions[computation][i.operands[0]]
+    if i.opcode in ("call-start", "async-start", "custom-call-update"):
+      for c in begun.beside:
         for inner in self.program.computations[c]:
           for found in collectives.of_step(self.program, Step(inner, c, thread="async")):
-            yield found, self._move(found)
+            yield found, self._move(found, inner)
     else:
       for found in collectives.of_step(self.program, Step(i, computation)):
-        yield found, self._move(found)
+        yield found, self._move(found, i)
     if i.opcode.endswith("-start") and "S(5)" in i.type:
       end = next((j.type for j in self.program.computations[computation] if i.name in j.operands), i.type)
       sizes = [_bytes(dtype, dims) for dtype, dims, _ in _ARRAY.findall(i.type)]
-      yield None, Move(HOST["S(5)" not in end], min(s for s in sizes if s > 8), part=_part(i.op_name))
+      yield None, Move(HOST["S(5)" not in end], min((s for s in sizes if s > 8), default=8), part=part_of(i.op_name))
 
-  def _move(self, c: collectives.Collective) -> Move:
-    group = np.array(c.groups[0] if c.groups else c.pairs[0] if c.pairs else (0,))
+  def _move(self, c: collectives.Collective, i: Instruction) -> Move:
     axes = "*".join(collectives.mesh_axes_of(c, self.mesh)) if self.mesh is not None else ""
-    part = _part(c.op_name)
+    part, size = part_of(c.op_name), float(c.bytes)
     if c.dcn:
-      return Move(c.kind, c.bytes, slices=len(group) if c.groups else 2, axes=axes, part=part)
-    places = self.places[group]
+      return Move(c.kind, size, slices=len(c.groups[0]) if c.groups else 2, axes=axes, part=part)
+    if c.pairs:
+      return self._permutation(c, axes, part)
+    places = self.places[np.array(c.groups[0] if c.groups else (0,))]
     counts = [len(np.unique(places[:, d])) for d in range(4)]
-    closed = (*self.closed, False, False)[:3]
-    dims = tuple((n, bool(closed[d]) and n == self.extent[d]) for d, n in enumerate(counts[:3]) if n > 1)
+    dims = tuple((n, self._closed(d) and n == self.extent[d]) for d, n in enumerate(counts[:3]) if n > 1)
     share = 1.0 if counts[3] == self.cores else 1 / self.cores
-    return Move(c.kind, c.bytes, dims, share, axes=axes, part=part, lane=self._lane(places) if c.pairs else "")
+    if c.kind == "ragged-all-to-all":
+      # Its buffer has room for more rows than come on one of its sides: balanced, it sends the smaller.
+      size = float(min([size, *(_bytes(d, n) for d, n, _ in _ARRAY.findall(i.type) if "," in n)]))
+    if c.kind.endswith("all-to-all"):
+      size *= counts[3]  # both devices of a chip send over its links
+    return Move(c.kind, size, dims, share, axes=axes, part=part)
+
+  def _permutation(self, c: collectives.Collective, axes: str, part: str) -> Move:
+    source, target = (self.places[np.array(side)][:, :3] for side in zip(*c.pairs))
+    steps = np.abs(target - source)
+    closed = np.array([self._closed(d) for d in range(3)])
+    steps = np.where(closed, np.minimum(steps, np.array(self.extent) - steps), steps)
+    hops = steps.sum(axis=1)
+    if not hops.any():
+      return Move(c.kind, c.bytes, axes=axes, part=part, lane="core", hops=0.0)
+    far = c.pairs[int(hops.argmax())]
+    dims = tuple((int(n) + 1, False) for n in steps.max(axis=0) if n)
+    lane = self._lane(self.places[np.array(far)])
+    return Move(c.kind, c.bytes, dims, 1 / self.cores, axes=axes, part=part, lane=lane, hops=float(hops.mean()))
+
+  def _closed(self, dimension: int) -> bool:
+    return dimension < len(self.closed) and bool(self.closed[dimension])
 
   def _lane(self, pair: np.ndarray) -> str:
     """Dimension and direction of the first step from a device to another, the shorter way around."""
@@ -227,6 +261,7 @@ class _Reader:
     return "core"
 
 
+_PARTNER = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)_\d+"')
 _CHAIN = re.compile(r'chain_id="?(\w+)')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
@@ -259,13 +294,15 @@ def _attention(i: Instruction, phase: str, arrays: list, part: str, program: Pro
             if (m := re.search(rf'block_{side}{suffix}\\?": (\d+)', i.text))}  # fmt: skip
   full, useful = 2.0 * math.prod(q[:-2]) * t * s * widths, 0.5
   share = useful
-  if blocks:
+  if len(blocks) == 2:
     rows, columns = max(1, t // blocks["q"]), max(1, s // blocks["kv"])
-    active = next((shape[0] for dtype, shape in arrays if dtype in ("s8", "s32") and len(shape) == 1), None)
-    grid = next((shape for dtype, shape in arrays if dtype in ("s8", "s32") and len(shape) == 3), None)
-    across = min(grid[1:]) if grid else columns  # the grid of a window has only the blocks that some query sees
-    seen = sum(min(math.ceil((r + 1) * columns / rows), across) for r in range(rows))
-    share = (active or seen) / (rows * columns)
+    _, most_rows, most_columns = next((g for d, g in arrays if d in ("s8", "s32") and len(g) == 3), (1, rows, columns))
+    if phase == "dkv":  # for a block of keys the queries that see it; of a window the grid has only so many
+      seen = sum(min(rows - c * rows // columns, most_rows) for c in range(columns))
+    else:
+      seen = sum(min(-(-(r + 1) * columns // rows), most_columns) for r in range(rows))
+    listed = next((shape[0] for dtype, shape in arrays if dtype in ("s8", "s32") and len(shape) == 1), seen)
+    share = min(seen, listed) / (rows * columns)  # a list of blocks may be padded
     useful = min(useful, share)
   return Work("attention", part, 0, full * share, 0.0, full * useful)
 
@@ -275,7 +312,7 @@ def _operands(i: Instruction) -> str:
   return found.group(1) if found else ""
 
 
-def _part(op_name: str) -> str:
+def part_of(op_name: str) -> str:
   """Part of the model and pass, from what JAX called the operation."""
   words = re.split(r"[/()]", op_name)
   part = next((w for w in reversed(words) if w in PARTS), "")
@@ -298,9 +335,17 @@ def _bytes(dtype: str, dims: str) -> int:
   return math.prod(map(int, filter(None, dims.split(",")))) * (int(bits.group()) if bits else 8) // 8
 
 
-def _cycles(trace: Iterable[Event]) -> float:
-  return sum(e.cycles + e.flops if isinstance(e, Work) else e.times * _cycles(e.body) if isinstance(e, Loop) else 0
-             for e in trace)  # fmt: skip
+def _rough_cycles(trace: Iterable[Event]) -> float:
+  """Which of some branches takes longest, roughly: 2^18 FLOPs a cycle, 64 bytes a cycle over links."""
+  total = 0.0
+  for e in trace:
+    if isinstance(e, Work):
+      total += e.cycles + e.flops / 2**18
+    elif isinstance(e, Loop):
+      total += e.times * _rough_cycles(e.body)
+    elif isinstance(e, Start | Sync):
+      total += e.move.bytes / 64
+  return total
 
 
 def merged(events: Iterable[Event]) -> Trace:
@@ -337,7 +382,7 @@ def to_json(trace: Iterable[Event]) -> list:
 
 
 def _move_json(m: Move) -> list:
-  return [m.kind, m.bytes, [list(d) for d in m.dims], m.share, m.slices, m.axes, m.part, m.lane]
+  return [m.kind, m.bytes, [list(d) for d in m.dims], m.share, m.slices, m.axes, m.part, m.lane, m.hops]
 
 
 def from_json(data: list) -> Trace:

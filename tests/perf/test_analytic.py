@@ -16,7 +16,9 @@ import pytest
 from jax.interpreters import partial_eval
 
 from maxscale import config as config_lib
-from maxscale.perf import analytic, aot, flops, hardware, network, traffic
+from maxscale.perf import analytic, aot, flops, hardware, layer, network, traffic
+from maxscale.perf.local import Local
+from maxscale.perf.work import Work
 from maxscale.sharding import audit
 from tests import multidevice
 from tests.models import reference as ref
@@ -59,7 +61,7 @@ LAYOUTS = {
 
 def work(topology, slices, options, backend="tpu"):
   chip, chips = analytic.parse(topology)
-  return analytic.Work(analytic.program(ref.config(options), chip, chips, slices)[0], backend)
+  return Work(analytic.program(ref.config(options), chip, chips, slices)[0], backend)
 
 
 def live(jaxpr):
@@ -106,7 +108,7 @@ def test_a_traced_step_multiplies_and_sends_the_same(asked, name):
   w = work(topology, slices, options)
   # attention kernels say no FLOPs of their own
   products = sum(p.times * sum(d.flops for d in p.dots) for p in w.parts)
-  assert products * math.prod(w.rules.sizes.values()) == pytest.approx(asked[name]["flops"], rel=0.002)
+  assert products * math.prod(w.local.rules.sizes.values()) == pytest.approx(asked[name]["flops"], rel=0.002)
   found = collections.Counter()
   for p in w.parts:
     for t in p.transfers:
@@ -125,7 +127,7 @@ def test_a_step_with_attention_of_plain_products(policy, more):
   options = {**BASE, **more, "remat.policy": policy, "mesh.fsdp": 1, "data.batch_size": 4}
   step = ref.program(options, vocab=4096)
   counted = flops.jaxpr_flops(live(step.trace(4, 512).jaxpr.jaxpr))
-  w = analytic.Work(step, "xla")
+  w = Work(step, "xla")
   assert sum(p.times * p.flops for p in w.parts) == pytest.approx(counted, rel=0.005)
 
 
@@ -133,7 +135,7 @@ def test_a_step_with_attention_of_plain_products(policy, more):
 def test_without_recomputation_products_are_three_forwards(name):
   config = config_lib.load(f"configs/{name}.py", [("remat.policy", "none"), ("model.mtp", "0")])
   config = dataclasses.replace(config, mesh=config_lib.Mesh(fsdp=1, expert=1))
-  w = analytic.Work(analytic.program(config, dataclasses.replace(V5P, devices=1), (1,))[0], "tpu")
+  w = Work(analytic.program(config, dataclasses.replace(V5P, devices=1), (1,))[0], "tpu")
   parts = [p for p in w.parts if not p.name.startswith("dense_layers")]
   if config.dense_layers:  # which are computed once more for the backward of the embedding
     parts += [dataclasses.replace(p, times=p.times / (1 + ("forward" in p.name))) for p in w.parts if p not in parts]
@@ -151,11 +153,11 @@ def test_without_recomputation_products_are_three_forwards(name):
 
 def test_blocks_of_attention():
   """Of n x n equal blocks of a causal mask (n + 1) / 2n are computed; with a window, the band and its edges."""
-  assert analytic._block_pairs(8192, 8192, 1024, 1024, 0) == (8 + 1) / (2 * 8) * 8192**2
-  assert analytic._block_pairs(8192, 8192, 1024, 1024, 1024) == (1 + 7 * 2) * 1024**2
-  assert analytic._block_pairs(4096, 4096, 512, 512, 1) == 8 * 512**2
+  assert layer._block_pairs(8192, 8192, 1024, 1024, 0) == (8 + 1) / (2 * 8) * 8192**2
+  assert layer._block_pairs(8192, 8192, 1024, 1024, 1024) == (1 + 7 * 2) * 1024**2
+  assert layer._block_pairs(4096, 4096, 512, 512, 1) == 8 * 512**2
   seen = sum(min(4, i // 128 + 1) * 128 * 128 for i in range(0, 512, 128))
-  assert analytic._xla_pairs(512, 512, 0, "") == seen
+  assert layer._xla_pairs(512, 512, 0, "") == seen
 
 
 def test_bytes_of_the_state_are_the_audits():
@@ -163,7 +165,7 @@ def test_bytes_of_the_state_are_the_audits():
                         ("gpt_oss_20b", [("optimizer.name", "adafactor")])]:  # fmt: skip
     config = config_lib.load(f"configs/{name}.py", options)
     step, _ = analytic.program(config, *analytic.parse(config.mesh.topology), config.mesh.slices or 1)
-    assert sum(analytic.Work(step, "tpu").state_bytes) == audit.bytes_per_device(step.infos(), step.rules)
+    assert sum(Local(step, "tpu").state_bytes) == audit.bytes_per_device(step.infos(), step.rules)
 
 
 # Bytes at the peak that the compiler says (libtpu 0.0.42): topology, options over those of 8 layers, GiB.
@@ -199,7 +201,7 @@ def test_gather_of_a_layer_by_hand():
   config = config_lib.load("configs/llama3_70b.py", [("mesh.topology", "v5p:4x4x4")])
   step, shape = analytic.program(config, V5P, (4, 4, 4))
   clock = analytic.Clock(V5P, (4, 4, 4), shape, step.rules, analytic.Efficiency(overlap=0))
-  forward, backward, *_ = analytic.Work(step, "tpu").layers["layers", 0, True]
+  forward, backward, *_ = Work(step, "tpu").layers["layers", 0, True]
   d, f = 8192, 28672
   weights = d * (64 + 8 + 8) * 128 + 64 * 128 * d + 3 * d * f
   latency = 7 * 3 * 2 * network.HOP_SECONDS  # seven matrices, three rings of four

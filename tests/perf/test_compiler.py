@@ -230,6 +230,36 @@ def test_libtpus_flags_are_set_for_train_and_plan_alike(monkeypatch, attempts, t
     assert len(attempts.lines) == 1 and "xla_sc_disjoint_spmem=false is left out" in attempts.lines[0]
 
 
+def test_what_a_parent_added_is_not_the_users(monkeypatch, attempts, tmp_path):
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_mine=1")
+  monkeypatch.setenv(compiler.ADDED, "")
+  compiler.before_jax(config(run__compile_cache=str(tmp_path)), "TPU v5p")
+  assert "--xla_sc_disjoint_spmem=false" in os.environ["LIBTPU_INIT_ARGS"]
+  assert compiler.given() == {"xla_mine": "1"} == {"xla_mine": compiler.in_force()["xla_mine"]}
+  assert compiler.in_force()["xla_sc_disjoint_spmem"] == "false"
+  compiler.before_jax(config(run__flags={"xla_sc_disjoint_spmem": "true"}, run__compile_cache=""), "TPU v5p")  # a child
+  assert compiler.in_force()["xla_sc_disjoint_spmem"] == "true" and not attempts.lines
+  assert os.environ["LIBTPU_INIT_ARGS"].count("xla_sc_disjoint_spmem") == 1
+  compiler.before_jax(config(), "TPU v5e")  # which has no such flags
+  assert os.environ["LIBTPU_INIT_ARGS"] == "--xla_mine=1"
+
+
+def test_an_attempt_has_the_users_flags_and_its_own_alone(monkeypatch):
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_mine=1 --xla_sc_a=1 --xla_sc_b=2")
+  monkeypatch.setenv(compiler.ADDED, "--xla_sc_a=1 --xla_sc_b=2")
+  seen = []
+
+  def ran(command, env, **_):
+    seen.append(env["LIBTPU_INIT_ARGS"])
+    return subprocess.CompletedProcess(command, int("xla_sc_b" in seen[-1]), "", "crash")
+
+  monkeypatch.setattr(subprocess, "run", ran)
+  flags = compiler.Flags({}, {"xla_sc_a": "1", "xla_sc_b": "2"}, [])
+  assert compiler.culprit(config(), "v5p:2x2x1", 1, flags) == "xla_sc_b"
+  assert seen == ["--xla_mine=1", "--xla_mine=1 --xla_sc_b=2", "--xla_mine=1 --xla_sc_a=1"]
+
+
 # ---- what libtpu does not know
 
 
@@ -323,6 +353,21 @@ def test_the_culprit_is_looked_for_with_the_step_of_the_config(monkeypatch):
     ({}, {}), ({}, {"xla_sc_b": "2"}), ({"xla_a": "1"}, {})
   ]  # fmt: skip
   assert jobs[0][0]["topology"] == "v5p:2x2x1" and config_lib.from_json(jobs[0][0]["config"]) == config()
+
+
+def test_the_culprit_is_looked_for_in_so_many_seconds_in_all(monkeypatch):
+  now, given = [0.0], []
+
+  def attempt(job, init, seconds):
+    given.append(seconds)
+    now[0] += min(seconds, 400.0)
+    return "crash" if init else ""
+
+  monkeypatch.setattr(compiler, "attempt", attempt)
+  monkeypatch.setattr(compiler.time, "monotonic", lambda: now[0])
+  flags = compiler.Flags({}, dict.fromkeys(["xla_sc_a", "xla_sc_b", "xla_sc_c", "xla_sc_d"], "1"), [])
+  assert compiler.culprit(config(), "v5p:2x2x1", 1, flags, 900.0) is None
+  assert given == [900.0, 500.0, 100.0, 1.0] and now[0] <= 901.0
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import pytest
 
@@ -149,8 +150,40 @@ def test_every_set_of_flags_is_compiled(monkeypatch):
   assert again.run.flags == {"xla_a": "1"} and again.mesh == calls[1].mesh and again.remat == calls[1].remat
 
 
+def test_while_nothing_works_the_next_best_are_compiled(monkeypatch):
+  found, calls, _ = run(monkeypatch, ["RESOURCE_EXHAUSTED"] * 5 + [2.0, 1.0], compiles=4)
+  refused, winner = [c.candidate.estimate.bytes for c in found.compiled[:5]], found.compiled[5].candidate
+  assert len(calls) == 6 and winner.estimate.bytes < min(refused) and refused[4] < min(refused[:4])
+  assert found.plan.options == winner.options and found.plan.predicted["by"] == "compiled"
+  found, *_ = run(monkeypatch, ["INTERNAL", 2.0], compiles=1)
+  mesh = lambda c: {p: v for p, v in c.candidate.options.items() if p.startswith("mesh.")}  # noqa: E731
+  assert found.compiled[1].candidate in search.shortlist(found.candidates, 9) and len(found.compiled) == 2
+  found, *_ = run(monkeypatch, ["INTERNAL"] * 2 + [2.0], compiles=1)
+  assert mesh(found.compiled[2]) != mesh(found.compiled[0])
+
+
+def test_where_nothing_works_there_is_no_plan(monkeypatch):
+  with pytest.raises(ConfigError, match=r"none of the 8 programs .* v5p:2x2x2 works(.|\n)*no 0\n(.|\n)*no 7"):
+    run(monkeypatch, [f"no {n}" for n in range(8)], compiles=2)
+  seconds = iter(range(0, 3000, 500))
+  monkeypatch.setattr(search.time, "perf_counter", lambda: float(next(seconds)))
+  with pytest.raises(ConfigError, match="none of the 1 programs"):
+    run(monkeypatch, ["no"] * 9)
+
+
+def test_the_plan_has_what_the_user_changed_below_what_was_found(monkeypatch):
+  own = {"data.batch_size": "32", "remat.table.gate": "keep", "mesh.fsdp": "3", "run.flags.xla_b": "2", "run.name": "x"}
+  found, *_ = run(monkeypatch, [1.0] * 4, overrides=own)
+  options = found.plan.options
+  assert options["data.batch_size"] == "32" and options["run.flags.xla_b"] == "2" and options["run.name"] == "x"
+  assert options["mesh.fsdp"] == found.compiled[0].candidate.options["mesh.fsdp"] and "remat.table.gate" not in options
+  again = config_lib.load("configs/tiny.py", found.plan.overrides())
+  assert again.data.batch_size == 32 and again.run.flags == {"xla_b": 2}
+  assert again.remat.table == found.compiled[0].candidate.options["remat.table"]
+
+
 def test_without_time_or_programs_the_closed_form_decides(monkeypatch):
-  for results, options in [([], {"budget": 0.0}), ([], {"compiles": 0}), (["no"] * 4, {})]:
+  for results, options in [([], {"budget": 0.0}), ([], {"compiles": 0})]:
     found, calls, _ = run(monkeypatch, results, **options)
     assert len(calls) == len(results)
     assert found.plan.options == found.candidates[0].options and found.plan.predicted["by"] == "closed form"
@@ -203,6 +236,28 @@ def test_what_a_candidate_loses_on():
   small = looked(ranking(DENSE, hbm=4 * 2**30), fsdp.options)
   missing = (small.estimate.bytes - small.estimate.limit) / 2**30
   assert search.loses(small, fsdp).startswith(f"does not fit by {missing:.1f} GiB")
+
+
+def test_a_childs_seconds_and_bytes_are_those_of_a_plan(monkeypatch):
+  """HBM with the program's code and without what is on the host; what cannot be predicted is an error."""
+  from maxscale import environment
+  from maxscale.perf import aot, predict
+
+  analysis = types.SimpleNamespace(
+    peak_memory_in_bytes=1000, host_argument_size_in_bytes=300, generated_code_size_in_bytes=7
+  )
+  made = types.SimpleNamespace(executable=types.SimpleNamespace(memory_analysis=lambda: analysis))
+  monkeypatch.setattr(environment, "prepare_plan", lambda *_: None)
+  monkeypatch.setattr(aot, "compile_step", lambda *_: made)
+  found = types.SimpleNamespace(seconds=2.0, low=1.0, high=3.0, classes={"matmul": 2.0})
+  monkeypatch.setattr(predict, "predict", lambda _: found)
+  assert search.compile_candidate(ref.config(DENSE), TOPOLOGY, 1) == {**vars(found), "hbm": 707}
+
+  def unknown(_):
+    raise ValueError("the trips of a loop are unknown")
+
+  monkeypatch.setattr(predict, "predict", unknown)
+  assert search.compile_candidate(ref.config(DENSE), TOPOLOGY, 1) == {"error": "the trips of a loop are unknown"}
 
 
 @pytest.mark.slow

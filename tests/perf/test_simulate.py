@@ -101,8 +101,8 @@ def test_transfers_share_the_links_one_after_another():
 
 
 def test_permutations_of_both_directions_do_not_share():
-  ring = Move("collective-permute", LINK * 2e-3 - 1e-6 * LINK, ((4, True),), lane="0+")
-  other = Move("collective-permute", LINK * 2e-3 - 1e-6 * LINK, ((4, True),), lane="0-")
+  ring = Move("collective-permute", LINK * 2e-3 - 1e-6 * LINK, ((2, False),), lane="0+")
+  other = Move("collective-permute", LINK * 2e-3 - 1e-6 * LINK, ((2, False),), lane="0-")
   assert simulate.run((Start(1, ring), Start(2, other), Done(1), Done(2)), V5P, RATES).seconds == pytest.approx(2e-3)
   assert simulate.run((Start(1, ring), Start(2, ring), Done(1), Done(2)), V5P, RATES).seconds == pytest.approx(4e-3)
 
@@ -194,3 +194,98 @@ def test_a_program_becomes_events():
 def test_a_trace_survives_json():
   made = trace.of_program(program.read(TEXT), PLACES, "TPU v5")
   assert trace.from_json(json.loads(json.dumps(trace.to_json(made)))) == made
+
+
+def events(entry, computations="", places=PLACES, kind="TPU v5", **options):
+  """Of a program with this entry, on 64 chips."""
+  text = f"HloModule step, is_scheduled=true, num_partitions={len(places)}\n\n{computations}\nENTRY %main (x: f32[8]) -> f32[8] {{\n{entry}\n}}\n"
+  return trace.of_program(program.read(text), places, kind, **options)
+
+
+def test_a_collective_on_the_sparsecores_begins_where_it_gets_its_operand():
+  """As libtpu 0.0.52 writes it: start, update and done of a computation on another thread."""
+  made = events(
+    """  %x = f32[8]{0} parameter(0)
+  %start = ((), (), (s32[8]{0})) custom-call-start(), async_execution_thread="sparsecore", called_computations={%beside}
+  %update = ((f32[8]{0}), f32[32]{0}, (s32[8]{0})) custom-call-update(%start, %x)
+  %a = f32[8]{0} negate(%x), backend_config={"estimated_cycles":"7"}
+  %done = f32[32]{0} custom-call-done(%update)
+  ROOT %r = f32[8]{0} negate(%x), backend_config={"estimated_cycles":"9"}""",
+    f"""%beside (x: f32[8]) -> f32[32] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %g = f32[32]{{0}} all-gather(%x), replica_groups={GROUPS}, dimensions={{0}}
+}}
+""",
+  )
+  start, first, done, second = made
+  assert start.move.kind == "all-gather" and start.move.bytes == 128 and done == Done(start.key)
+  assert (first.cycles, second.cycles) == (7, 9)
+
+
+def test_the_slowest_way_and_the_mean_distance_of_a_permutation():
+  """A ring over both devices of 4 chips: half of its steps stay on a chip, which must not make it free."""
+  places = [(0, x, 0, 0, core) for x in range(4) for core in range(2)]
+  pairs = ",".join(f"{{{n},{(n + 1) % 8}}}" for n in range(8))
+  (move,) = [
+    e.move
+    for e in events(
+      f"""  %x = f32[8]{{0}} parameter(0)
+  ROOT %p = f32[8]{{0}} collective-permute(%x), source_target_pairs={{{pairs}}}""",
+      places=places,
+      kind="TPU7x",
+    )
+  ]
+  assert move.hops == (1 + 1 + 1 + 3) / 8 and move.share == 0.5  # 4x1x1 chips do not close: 3 hops back
+  chip = next(c for c in CHIPS if c.name == "TPU7x")
+  assert simulate.seconds_of(move, chip, RATES) == pytest.approx(32 * 0.75 / (chip.link_bytes / 2) + 3e-6)
+
+
+def test_both_devices_of_a_chip_send_over_its_links():
+  places = [(0, x, 0, 0, core) for x in range(4) for core in range(2)]
+  exchange = (
+    "  %x = f32[8]{{0}} parameter(0)\n  ROOT %p = f32[8]{{0}} all-to-all(%x), replica_groups={}, dimensions={{0}}"
+  )
+  chip = next(c for c in CHIPS if c.name == "TPU7x")
+  one, two = (
+    simulate.seconds_of(events(exchange.format(g), places=places, kind="TPU7x")[0].move, chip, RATES) - 3e-6
+    for g in ("{{0,1,2,3,4,5,6,7}}", "{{0,2,4,6},{1,3,5,7}}")
+  )
+  assert one == pytest.approx(two)
+
+
+def test_a_transfer_between_slices_ends_with_its_own_partner():
+  attributes = (
+    'frontend_attributes={{_xla_host_transfer_rendezvous="all-reduce.{0}_{1}",_xla_megascale_target="{{0,1}}x{{0:0}}",'
+    '_xla_megascale_transfer_type="ALL_REDUCE"}}'
+  )
+  entry = "  %x = f32[8]{0} parameter(0)\n  %token = token[] after-all()\n"
+  for n in (1, 2):
+    entry += f"  %send.{n} = (f32[{n * 8}]{{0}}, u32[], token[]) send(%x, %token), {attributes.format(n, 0)}\n"
+  for n in (2, 1):
+    entry += f"  %recv.{n} = (f32[{n * 8}]{{0}}, u32[], token[]) recv(%token), {attributes.format(n, 1)}\n"
+  for n in (2, 1):
+    entry += f"  %recv-done.{n} = (f32[{n * 8}]{{0}}, token[]) recv-done(%recv.{n})\n"
+  made = events(entry + "  ROOT %r = f32[8]{0} negate(%x)", places=[(s, 0, 0, 0, 0) for s in range(2)])
+  first, second, *dones = made
+  assert [e.move.bytes for e in (first, second)] == [32, 64] and first.move.slices == 2
+  assert dones == [Done(second.key), Done(first.key)]
+
+
+def test_the_longest_branch_counts_its_transfers():
+  branch = "%{0} (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n  ROOT %y = f32[8]{{0}} {1}\n}}\n"
+  made = events(
+    """  %x = f32[8]{0} parameter(0)
+  %c = pred[] constant(true)
+  ROOT %r = f32[8]{0} conditional(%c, %x, %x), true_computation=%a, false_computation=%b""",
+    branch.format("a", 'negate(%x), backend_config={"estimated_cycles":"1"}')
+    + branch.format("b", f"all-reduce(%x), replica_groups={GROUPS}, to_apply=%a") * 1,
+  )
+  # 32 bytes are worth half a cycle in the rough count: the branch that computes is the longer
+  assert [type(e) for e in made] == [Work]
+
+
+def test_experts_are_counted_for_the_rows_that_come():
+  kernel = """  %x = bf16[64,128]{1,0} parameter(0)
+  ROOT %k = bf16[64,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/experts/grouped_product"}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","bytes_accessed":"10"}}}"""
+  (whole,), (half,) = events(kernel), events(kernel, spare=2.0)
+  assert whole.kind == "grouped" and (whole.flops, half.flops) == (1000, 500)
