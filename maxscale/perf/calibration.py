@@ -8,8 +8,8 @@ What is fitted, as little as the rows can tell:
   clock      one factor for all chips on the clock that the peak implies, and one for each chip that is drawn to it
   attention  fraction of the peak in attention kernels, one for all chips
   host       factor on the documented rate between a chip and its host, one for all
-Kernels of experts and the links are not fitted: GROUPED is an assumption, links reach the usable rate that the hardware
-table has.
+Kernels of experts and the links are not fitted, since no row depends on them: GROUPED is an assumption with a range, and
+links reach the usable rate that the hardware table has.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from maxscale.perf.simulate import Rates
 # multiply and add); with the published peaks these give 1.05, 1.5, 1.75, 1.75 and 2.2 GHz.
 _PER_CYCLE = {"TPU v4": 2 * 8 * 128**2, "TPU v5e": 2 * 4 * 128**2, "TPU v5p": 2 * 8 * 128**2, "TPU v6e": 2 * 4 * 256**2,
               "TPU7x": 2 * 4 * 256**2, "TPU8t": 2 * 4 * 256**2}  # fmt: skip
-GROUPED = 0.75  # of the peak, in kernels of experts with full tiles: an assumption
+GROUPED, GROUPED_RANGE = 0.75, (0.6, 0.9)  # of the peak, in kernels of experts with full tiles: an assumption
 _HOST = 32e9  # bytes/s of a device where the table has no rate of the host
 _PRIOR = (0.0, math.log(0.5), math.log(2.0))  # of log clock factor, log attention, log host factor
-_PULL = (0.0, 0.3, 0.3)  # how strongly rows are drawn there, against a squared error of 1
-_CHIP_PULL = 1.0  # the same of a chip's own clock factor to that of all
+_PULL = (0.0, 0.003, 0.003)  # weight of the squared distance to these, beside the squared log error of each row
+_CHIP_PULL = 0.1  # the same of a chip's own clock factor to that of all
 COVERAGE = 0.8
 
 
@@ -102,7 +102,7 @@ def fit(rows: Sequence[Row]) -> Fit:
     made = make(x)
     errors = [math.log(predicted(row, made) / row.seconds) for row in rows]
     pulls = [w * (a - b) ** 2 for a, b, w in zip(x, _PRIOR, _PULL)]
-    return 100 * (sum(e**2 for e in errors) + 0.01 * sum(pulls) + _CHIP_PULL * 0.1 * sum(v**2 for v in x[3:]))
+    return 100 * (sum(e**2 for e in errors) + sum(pulls) + _CHIP_PULL * sum(v**2 for v in x[3:]))
 
   start = np.array([*_PRIOR, *[0.0] * len(chips)])
   found = optimize.minimize(loss, start, method="Powell", bounds=[(-0.4, 0.4), (-1.6, -0.05), (-0.5, 2.0),
@@ -136,13 +136,17 @@ def rates(chip: Chip) -> Rates:
   return _fitted()[0].rates(chip)
 
 
-def interval(chip: Chip) -> tuple[float, float]:
+def interval(chip: Chip, experts: float = 0.0) -> tuple[float, float]:
   """(low, high): factors of a prediction between which `COVERAGE` of the published steps lie.
 
   From the errors of rows whose model and chip were left out; twice as wide for a chip without a row.
+
+  Args:
+    experts: share of the step in kernels of experts: as no row has them, it is widened by the range that is assumed.
   """
   spread = _fitted()[1] * (1 if chip.name in _fitted()[0].chips else 2)
-  return math.exp(-spread), math.exp(spread)
+  slow, fast = (experts * (GROUPED / reached - 1) for reached in GROUPED_RANGE)
+  return math.exp(-spread) + fast, math.exp(spread) + slow
 
 
 def refit() -> dict:
@@ -169,7 +173,8 @@ def report() -> str:
     sizes = [abs(e) for e in errors.values()]
     lines.append(f"{what}: mean error {np.mean(sizes):.1%}, largest {max(sizes):.1%}, of {len(sizes)} rows")
   low, high = math.exp(-_fitted()[1]), math.exp(_fitted()[1])
-  lines.append(f"the 80% interval is {low - 1:+.1%} to {high - 1:+.1%} and holds {inside} of {len(rows())} rows")
+  lines.append(f"the 80% interval is {low - 1:+.1%} to {high - 1:+.1%}: {inside} of {len(rows())} rows are in that of their "
+               "prediction without their model and chip, from which it was made")  # fmt: skip
   lines.append("constants: " + ", ".join(f"{k} {math.exp(v):.3f}" for k, v in
                (("clock", made.clock), ("attention", made.attention), ("host", made.host), *made.chips.items())))  # fmt: skip
   return "\n".join(lines)

@@ -82,7 +82,7 @@ def predict(compiled: aot.Compiled) -> Prediction:
     raise ValueError(f"the hardware table (perf/hardware.py) has no chip {device.device_kind!r}")
   events = events_of(compiled)
   timeline = simulate.run(events, chip, calibration.rates(chip))
-  low, high = calibration.interval(chip)
+  low, high = calibration.interval(chip, timeline.classes().get("grouped", 0.0) / timeline.seconds)
   tokens, devices, seconds = config.data.batch_size * config.data.length, mesh.devices.size, timeline.seconds
   model = flops.from_config(config, compiled.step.vocab_size)
   rate, peak = tokens / seconds / devices, chip.bf16 / chip.devices

@@ -25,6 +25,7 @@ MODULE = "tests.models.attention_cases"
 results = multidevice.fixture(MODULE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", multidevice.names(MODULE))
 def test_split_sequences(results, name):
   multidevice.check(results, name)

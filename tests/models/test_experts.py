@@ -18,6 +18,7 @@ CASES = "tests.models.experts_cases"
 results = multidevice.fixture(CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", multidevice.names(CASES))
 def test_case(results, name):
   multidevice.check(results, name)

@@ -198,6 +198,7 @@ def test_the_table_says_whether_it_fits():
   assert "does not fit by 1.00 GiB" in memory.Memory(2.0**30, 2 * 2**30, {}).text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_classes_add_up_to_the_compilers_peak(tpu, name):
   step = tpu[name]
@@ -208,6 +209,7 @@ def test_classes_add_up_to_the_compilers_peak(tpu, name):
   assert arguments == pytest.approx(step["argument_size"], abs=2048)  # offloaded, but for the counters
 
 
+@pytest.mark.slow
 def test_remat_moves_the_bytes_of_the_kept_activations(tpu):
   layers, rows, tokens, heads, kv, dim, mlp = 4, 4, 1024, 8, 4, 128, 1024
   names = {
@@ -225,6 +227,7 @@ def test_remat_moves_the_bytes_of_the_kept_activations(tpu):
   assert kept == {"full": residual, "projections": residual | expected}
 
 
+@pytest.mark.slow
 def test_what_is_on_the_host_is_apart(tpu):
   step, rows = tpu["moe"], 16 // 4 // 2
   assert step["host"].pop("optimizer") == step["host_argument_size"] > 0

@@ -173,7 +173,7 @@ def test_where_nothing_works_there_is_no_plan(monkeypatch):
 
 def test_the_plan_has_what_the_user_changed_below_what_was_found(monkeypatch):
   own = {"data.batch_size": "32", "remat.table.gate": "keep", "mesh.fsdp": "3", "run.flags.xla_b": "2", "run.name": "x"}
-  found, *_ = run(monkeypatch, [1.0] * 4, overrides=own)
+  found, *_ = run(monkeypatch, [1.0, 2.0, 2.0, 2.0], overrides=own)
   options = found.plan.options
   assert options["data.batch_size"] == "32" and options["run.flags.xla_b"] == "2" and options["run.name"] == "x"
   assert options["mesh.fsdp"] == found.compiled[0].candidate.options["mesh.fsdp"] and "remat.table.gate" not in options

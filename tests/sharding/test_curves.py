@@ -10,6 +10,7 @@ MODULE = "tests.sharding.curve_cases"
 results = multidevice.fixture(MODULE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", multidevice.names(MODULE))
 def test_curve(results, name):
   multidevice.check(results, name)
