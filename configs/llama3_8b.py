@@ -2,6 +2,9 @@
 
 For 256 v6e chips: FSDP, 2 sequences a chip, 4.2 M tokens a step.
 
+Predicted (v6e:16x16, jax 0.10.2, libtpu 0.0.42.1): step 1.70 s (80% 1.48 to 1.96), 9,621 tokens/s/chip, MFU 53.9%, HBM
+14.2 of 32.0 GiB
+
 The data of this file is Python's own source text and its tokens are bytes: give your own,
 
     python -m maxscale.train --config configs/llama3_8b.py --config.data.tokenizer=TOKENIZER.json
@@ -25,6 +28,7 @@ def get_config():
   c.optimizer.warmup_steps = 2000
   c.optimizer.final_fraction = 0.1
 
+  c.remat.policy = "attention"  # its kernel is the dearest thing to run again
   c.mesh.topology = "v6e:16x16"
   c.mesh.fsdp = -1
   return c
