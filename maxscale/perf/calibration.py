@@ -10,21 +10,30 @@ What is fitted, as little as the rows can tell:
   host       factor on the documented rate between a chip and its host, one for all
 Kernels of experts and the links are not fitted, since no row depends on them: GROUPED is an assumption with a range, and
 links reach the usable rate that the hardware table has.
+
+`python -m maxscale.perf.calibration [--add STEP.json]` adds a published step, fits again and rewrites `calibration.json`.
+STEP.json: name, model, seconds, source, differences, versions; `program`: a file with `compiled.as_text()`, also .gz;
+`device_kind` as JAX calls it; `coordinates`: (slice, x, y, z, core) of its devices in their order; and, if transfers
+between chip and host outside loops are to be left out from a size on, `host_below`: that many bytes (say so in differences).
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
-import importlib.resources
+import gzip
 import json
 import math
+import pathlib
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from maxscale.perf import simulate, trace
-from maxscale.perf.hardware import CHIPS, Chip
+from maxscale.perf import program, simulate, trace
+from maxscale.perf.hardware import CHIPS, Chip, chip_of
 from maxscale.perf.simulate import Rates
 
 # FLOPs of a device and cycle: matrix units of 128x128 (v4, v5e: 4 a core; v4, v5p: two cores a device) or 256x256 (2 or 4
@@ -37,6 +46,7 @@ _PRIOR = (0.0, math.log(0.5), math.log(2.0))  # of log clock factor, log attenti
 _PULL = (0.0, 0.003, 0.003)  # weight of the squared distance to these, beside the squared log error of each row
 _CHIP_PULL = 0.1  # the same of a chip's own clock factor to that of all
 COVERAGE = 0.8
+FILE = pathlib.Path(__file__).with_name("calibration.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +84,8 @@ class Fit:
 @functools.cache
 def rows() -> tuple[Row, ...]:
   """The published steps."""
-  data = json.loads(importlib.resources.files("maxscale.perf").joinpath("calibration.json").read_text())
   return tuple(Row(r["name"], r["chip"], r["model"], r["seconds"], r["source"], tuple(r["differences"]),
-                   trace.from_json(r["trace"])) for r in data["rows"])  # fmt: skip
+                   trace.from_json(r["trace"])) for r in json.loads(FILE.read_text())["rows"])  # fmt: skip
 
 
 def _chip(name: str) -> Chip:
@@ -127,7 +136,7 @@ def left_out(key: str) -> dict[str, float]:
 
 @functools.cache
 def _fitted() -> tuple[Fit, float]:
-  data = json.loads(importlib.resources.files("maxscale.perf").joinpath("calibration.json").read_text())["fit"]
+  data = json.loads(FILE.read_text())["fit"]
   return Fit(data["clock"], data["attention"], data["host"], data["chips"]), data["spread"]
 
 
@@ -149,6 +158,30 @@ def interval(chip: Chip, experts: float = 0.0) -> tuple[float, float]:
   return math.exp(-spread) + fast, math.exp(spread) + slow
 
 
+def kept(step: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+  """The row of `calibration.json` for a step, as the module says; `program` is relative to the folder."""
+  chip = chip_of(step["device_kind"])
+  if chip is None:
+    raise ValueError(f"the hardware table has no {step['device_kind']!r}")
+  data = (folder / step["program"]).read_bytes()
+  text = (gzip.decompress(data) if step["program"].endswith(".gz") else data).decode()
+  events = trace.of_program(program.read(text), step["coordinates"], step["device_kind"])
+  limit = step.get("host_below", math.inf)
+  out = {e.key for e in events if isinstance(e, trace.Start) and e.move.kind in trace.HOST and e.move.bytes >= limit}
+  events = [e for e in events if not (isinstance(e, trace.Start | trace.Done) and e.key in out)]
+  same = {key: step[key] for key in ("name", "model", "seconds", "source", "differences", "versions")}
+  return {**same, "chip": chip.name, "trace": trace.to_json(events)}
+
+
+def write(made: list[dict[str, Any]]) -> None:
+  """Writes `calibration.json`, a row a line, with the fit of all rows."""
+  lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in made)
+  for fitted in ({}, None):  # the rows are there before they are fitted
+    FILE.write_text(f'{{"fit": {json.dumps(refit() if fitted is None else fitted)},\n"rows": [\n{lines}\n]}}\n')
+    rows.cache_clear()
+    _fitted.cache_clear()
+
+
 def refit() -> dict:
   """What `calibration.json` keeps of a fit of all rows. The spread is that which covers `COVERAGE` of the errors."""
   made, errors = fit(rows()), sorted(abs(math.log1p(e)) for e in left_out("model").values())
@@ -164,7 +197,7 @@ def report() -> str:
   inside = 0
   for r in rows():
     seconds = predicted(r, made)
-    inside += low_high[r.name][0] <= r.seconds / (r.seconds * (1 + by_model[r.name])) <= low_high[r.name][1]
+    inside += low_high[r.name][0] <= 1 / (1 + by_model[r.name]) <= low_high[r.name][1]
     lines.append(f"{r.name:44}{r.seconds:9.3f}s{seconds:9.3f}s{seconds / r.seconds - 1:+8.1%}{by_model[r.name]:+10.1%}"
                  f"{by_chip[r.name]:+9.1%}  {r.source}")  # fmt: skip
     lines += [f"    not the same: {d}" for d in r.differences]
@@ -178,3 +211,23 @@ def report() -> str:
   lines.append("constants: " + ", ".join(f"{k} {math.exp(v):.3f}" for k, v in
                (("clock", made.clock), ("attention", made.attention), ("host", made.host), *made.chips.items())))  # fmt: skip
   return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m maxscale.perf.calibration", description=(__doc__ or "").split("\n")[0]
+  )
+  parser.add_argument("--add", metavar="STEP.json", help="a published step and its program, as the module says")
+  arguments = parser.parse_args(argv)
+  made = json.loads(FILE.read_text())["rows"]
+  if arguments.add:
+    path = pathlib.Path(arguments.add)
+    new = kept(json.loads(path.read_text()), path.parent)
+    made = [row for row in made if row["name"] != new["name"]] + [new]
+  write(made)
+  print(report())
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -150,7 +150,7 @@ def _walk(trace: tuple[Event, ...], chip: Chip, rates: Rates) -> tuple[float, tu
       now = wait(begin(event.move), len(spans) - 1)
     elif isinstance(event, Start):
       ends[event.key] = begin(event.move), len(spans) - 1
-    elif isinstance(event, Done) and event.key in ends:
+    elif isinstance(event, Done):
       now = wait(*ends.pop(event.key))
   for end, index in ends.values():  # nothing in this body waits for it: it ends with the body
     now = wait(end, index)

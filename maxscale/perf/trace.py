@@ -23,7 +23,7 @@ from maxscale.perf.program import Instruction, Program, Step
 from maxscale.sharding import topology
 
 WORK = ("matmul", "attention", "grouped", "kernel", "vector", "copy")
-PARTS = ("embed", "attention", "router", "experts", "shared", "mlp", "norm", "mtp", "head", "optimizer", "gradients")
+PARTS = ("embed", "attention", "router", "experts", "shared", "mlp", "norm", "mtp", "head", "optimizer")
 HOST = ("to-host", "from-host")
 
 
@@ -132,7 +132,6 @@ class _Reader:
   def __init__(self, program: Program, places: np.ndarray, device_kind: str, mesh: Any, spare: float):
     self.program, self.mesh, self.spare, self.keys = program, mesh, spare, 0
     # A program for several slices numbers the devices of one.
-    self.slices = len(set(places[:, 0].tolist()))
     self.places = places[places[:, 0] == places[0, 0]][:, 1:]
     extent = tuple(int(n) for n in np.ptp(self.places[:, :3], axis=0) + 1)
     self.extent, self.closed = extent, topology.wraps(device_kind, extent[: 2 if extent[2] == 1 else 3])
@@ -183,12 +182,12 @@ class _Reader:
         out += [w for w in [self._work(i)] if w]
     return merged(out)
 
-  def _chains(self, i: Instruction) -> set[str]:
+  def _chains(self, i: Instruction) -> list[str]:
     """Asynchronous collectives that a fusion begins, goes on with or ends."""
     if i.opcode != "fusion":
-      return set()
+      return []
     inside = (j for c in i.called.get("calls", ()) for j in self.program.computations[c])
-    return {m.group(1) for j in inside if (m := _CHAIN.search(j.text))}
+    return [m.group(1) for j in inside if (m := _CHAIN.search(j.text))]
 
   def _work(self, i: Instruction) -> Work | None:
     kind, part = self.program.kind(i), part_of(i.op_name)

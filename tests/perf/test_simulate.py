@@ -271,17 +271,15 @@ def test_a_transfer_between_slices_ends_with_its_own_partner():
   assert dones == [Done(second.key), Done(first.key)]
 
 
-def test_the_longest_branch_counts_its_transfers():
-  branch = "%{0} (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n  ROOT %y = f32[8]{{0}} {1}\n}}\n"
-  made = events(
-    """  %x = f32[8]{0} parameter(0)
+def test_of_branches_the_longest_is_taken_its_transfers_counted():
+  branch = "%{0} (x: f32[{2}]) -> f32[{2}] {{\n  %x = f32[{2}]{{0}} parameter(0)\n  ROOT %y = f32[{2}]{{0}} {1}\n}}\n"
+  entry = """  %x = f32[8]{0} parameter(0)
   %c = pred[] constant(true)
-  ROOT %r = f32[8]{0} conditional(%c, %x, %x), true_computation=%a, false_computation=%b""",
-    branch.format("a", 'negate(%x), backend_config={"estimated_cycles":"1"}')
-    + branch.format("b", f"all-reduce(%x), replica_groups={GROUPS}, to_apply=%a") * 1,
-  )
-  # 32 bytes are worth half a cycle in the rough count: the branch that computes is the longer
-  assert [type(e) for e in made] == [Work]
+  ROOT %r = f32[8]{0} conditional(%c, %x, %x), true_computation=%a, false_computation=%b"""
+  works = branch.format("a", 'negate(%x), backend_config={"estimated_cycles":"100"}', 8)
+  for size, taken in ((8, Work), (2**20, Sync)):
+    sends = branch.format("b", f"all-reduce(%x), replica_groups={GROUPS}, to_apply=%a", size)
+    assert [type(e) for e in events(entry, works + sends)] == [taken]
 
 
 def test_experts_are_counted_for_the_rows_that_come():
