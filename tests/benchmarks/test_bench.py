@@ -30,6 +30,7 @@ def test_pairs_alternate_and_the_median_ignores_one_bad_pair(monkeypatch):
   assert (ratio.a_seconds, ratio.b_seconds, ratio.pairs) == (pytest.approx(3), pytest.approx(2), 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [0, 4])
 def test_the_plain_step_is_the_same_model(experts):
   """Loss of the framework and of the plain step for the same parameters, small, on one device."""
