@@ -26,7 +26,7 @@ class MoE(Weights):
   def __init__(self, shape: Shape):
     super().__init__(shape)
     s, m = shape, shape.m
-    wide, narrow = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+    wide, narrow = ("experts", "embed", "mlp"), ("experts", "mlp+embed", None)
     self.router = param((s.D, s.E_pad), ("embed", None), s.D**-0.5, (s.D, s.E))
     if m.moe.router_bias:
       self.router_bias = param((s.E_pad,), (None,), 0.0, (s.E,))

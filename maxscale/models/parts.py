@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,11 @@ from maxscale.models.module import param
 from maxscale.sharding import context as sharding
 
 REGIONS = ("heads", "kv_heads", "mlp")  # logical axes of the regions whose weights are split
+
+
+def region_of(names: Sequence[str | None]) -> str:
+  """The region whose weights are split as an array with these dimensions is; "": none."""
+  return next((r for r in REGIONS for name in names if name and r in name.split("+")), "")
 
 
 def _pad(n: int, multiple: int) -> int:
@@ -85,7 +91,7 @@ class Weights(nnx.Module):
   def array(self, name: str, region: str = "") -> jax.Array:
     """A parameter as it is; inside a region, one that all of its devices have the same of gets the sum of gradients."""
     w = getattr(self, name)
-    shared = region and not set(REGIONS).intersection(w.names)
+    shared = region and not region_of(w.names)
     return sharding.spread(w.get_value(), region) if shared else w.get_value()
 
   def weight(self, name: str, dtype: Any, region: str = "") -> kernels.Weight:
@@ -99,7 +105,7 @@ class Weights(nnx.Module):
     y = kernels.matmul(spec, x, self.weight(name, x.dtype))
     if not hasattr(self, f"{name}_a"):
       return y
-    region = next((r for r in REGIONS if r in getattr(self, name).names), "")
+    region = region_of(getattr(self, name).names)
     (xs, ws), ys = spec.split("->")[0].split(","), spec.split("->")[1]
     kept, inputs, outputs = ("".join(c for c in a if (c in b) == both) for a, b, both in
                              ((xs, ws, False), (ws, ys, False), (ws, ys, True)))  # fmt: skip

@@ -85,9 +85,10 @@ class Compiled:
 
   Attributes:
     seconds, low, high, classes: predicted; 0 where there is no program.
-    hbm: bytes of a device.
+    hbm: bytes of a device; of a program that was refused for them, what it would need.
     error: why there is no program.
     took: seconds of the whole process.
+    events: the trace of the program (`trace.to_json`).
   """
 
   candidate: Candidate
@@ -99,6 +100,7 @@ class Compiled:
   hbm: float = 0.0
   error: str = ""
   took: float = 0.0
+  events: list = dataclasses.field(default_factory=list, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,20 +255,21 @@ def compile_candidate(config: Config, topology: str, slices: int) -> dict[str, A
   from maxscale import environment
 
   environment.prepare_plan(config, topology, slices)
-  from maxscale.perf import aot, memory, predict
+  from maxscale.perf import aot, memory, predict, trace
 
   try:
     made = aot.compile_step(config, topology, slices)
     found = predict.predict(made)
   except Exception as e:  # the compiler has one type for all errors; most often there is too little memory
-    return {"error": str(e).strip().splitlines()[0][:300]}
+    oom = memory.out_of_memory(e)
+    return {"error": str(e).strip().splitlines()[0][:300], "hbm": oom.used if oom else 0.0}
   analysis = made.executable.memory_analysis()
   assert analysis is not None, "a TPU program says what it needs"
   return {"seconds": found.seconds, "low": found.low, "high": found.high, "classes": dict(found.classes),
-          "hbm": memory.peak(analysis)}  # fmt: skip
+          "hbm": memory.peak(analysis), "events": trace.to_json(predict.events_of(made))}  # fmt: skip
 
 
-def _in_process(config: Config, topology: str, slices: int, seconds: float) -> dict[str, Any]:
+def in_process(config: Config, topology: str, slices: int, seconds: float) -> dict[str, Any]:
   """`compile_candidate` in a process that may take so many seconds."""
   job = {"config": config_lib.to_json(config), "topology": topology, "slices": slices}
   try:
@@ -322,7 +325,7 @@ def run(
       break
     made = with_options(config, {**candidate.options, "run.flags": {**config.run.flags, **flags}})
     begun = time.perf_counter()
-    result = _in_process(made, topology, slices, left)
+    result = in_process(made, topology, slices, left)
     c = Compiled(candidate, flags, took=time.perf_counter() - begun, **result)
     compiled.append(c)
     say(

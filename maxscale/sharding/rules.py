@@ -8,7 +8,9 @@
 For a dimension of a parameter, each role's mesh axes begin with those of the role below it: going from state to param
 to compute only gathers, and the gradient's way back only reduces and scatters.
 
-An array is described by the names of its dimensions; nothing is sharded, or left replicated, by anything else. The
+An array is described by the names of its dimensions; nothing is sharded, or left replicated, by anything else. A name
+"a+b" is a dimension of `a` that also has the mesh axes of `b`, behind its own: so FSDP splits the experts' down
+projection over its inputs, because a gather of its last dimension would leave a copy to the layout of kernels. The
 same tables serve dense and mixture-of-experts models: the rule of an axis that no array has does nothing.
 """
 
@@ -72,6 +74,8 @@ class Rules:
     Raises:
       ConfigError: no rule names it.
     """
+    if "+" in name:
+      return tuple(axis for part in name.split("+") for axis in self.axes(part, role))
     table = self.tables[role]
     if name not in table:
       raise ConfigError(f"the logical axis {name!r} has no rule in role {role}; known: {', '.join(sorted(table))}")
@@ -104,11 +108,18 @@ class Rules:
         if axis in used and self.sizes[axis] > 1:
           raise ConfigError(f"{where}: mesh axis {axis!r} is used by both {used[axis]!r} and {name!r}")
         used[axis] = name
+      lower = {"param": "compute", "state": "param"}.get(role)
+      if lower and name and "+" in name and self.split(name, role)[: len(own := self.split(name, lower))] != own:
+        raise ConfigError(
+          f"{where}: {name} is split over {_text(self.split(name, role))}, which does not begin with those of role "
+          f"{lower}, {_text(own)}; give {name.split('+')[0]} the same rule in both roles"
+        )
       factor = self.factor(name, role)
       if size % factor:
         rule = " * ".join(f"{a}={self.sizes[a]}" for a in self.split(name or "", role))
+        rules = " or ".join(f"sharding.{role}.{part}" for part in (name or "").split("+"))
         raise ConfigError(
-          f"{where}: {name}={size} is not divisible by {rule}; change the mesh, the rule sharding.{role}.{name}, "
+          f"{where}: {name}={size} is not divisible by {rule}; change the mesh, the rule {rules}, "
           f"or {PADDING.get(name or '', f'make {name} a multiple of {factor}')}; the nearest {name} that fits: "
           f"{' or '.join(str(n) for n in (size // factor * factor, -(-size // factor) * factor) if n)}"
         )
