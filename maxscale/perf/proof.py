@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import gzip
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -59,7 +58,13 @@ class Series:
 
 
 def load(path: pathlib.Path) -> Series:
-  """Reads what `Series.save` wrote."""
+  """Reads what `Series.save` wrote.
+
+  Raises:
+    ConfigError: there is no such file.
+  """
+  if not path.is_file():
+    raise ConfigError(f"there is no series {path}")
   data = path.read_bytes()
   tree = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
   found = [(layout.pop("options"), layout) for layout in tree["layouts"]]
@@ -73,9 +78,9 @@ def layouts(candidates: Sequence[Candidate], most: int = MOST) -> list[Candidate
   the best of each family (what splits the model: fsdp alone, tensor, tensor and pipeline, ...), and of the others some
   at equal distances in the ranking.
   """
-  meshes: dict[tuple, Candidate] = {}
+  meshes: dict[tuple[int, ...], Candidate] = {}
   for c in sorted(candidates, key=lambda c: c.order):
-    meshes.setdefault(tuple(v for path, v in c.options.items() if path.startswith("mesh.")), c)
+    meshes.setdefault(c.mesh, c)
   ranked = [c for c in meshes.values() if c.estimate.bytes < OVER * c.estimate.limit]
   families: dict[tuple[str, ...], Candidate] = {}
   for c in ranked:
@@ -134,13 +139,17 @@ class Comparison:
   agree: int
 
 
-def compare(
-  series: Series, efficiency: analytic.Efficiency = analytic.DEFAULT, compiles: int = 4
-) -> Comparison:
+def walked(series: Series, said: dict[str, Any]) -> simulate.Timeline:
+  """The timeline of a layout of a series, by the calibration of now."""
+  chip, _ = analytic.parse(series.topology)
+  return simulate.run(trace.from_json(said["events"]), chip, calibration.rates(chip))
+
+
+def compare(series: Series, efficiency: analytic.Efficiency = analytic.DEFAULT, compiles: int = 4) -> Comparison:
   """By the closed form and the calibration of now.
 
   Raises:
-    ConfigError: fewer than two layouts compile.
+    ConfigError: fewer than two layouts compile, or a search would find none of them.
   """
   from scipy import stats
 
@@ -151,18 +160,21 @@ def compare(
     candidate = ranking.look(options)
     if candidate is None:
       raise ConfigError(f"a layout of the series is no longer legal: {options}")
-    timeline = simulate.run(trace.from_json(said["events"]), chip, calibration.rates(chip))
+    timeline = walked(series, said)
     rows.append(Compiled(candidate, {}, timeline.seconds, classes=timeline.classes(), hbm=said["hbm"],
                          error=said["error"]))  # fmt: skip
   rows.sort(key=lambda c: c.candidate.order)
   good = [c for c in rows if not c.error]
   if len(good) < 2:
     raise ConfigError("fewer than two layouts compile: there is nothing to compare")
-  spearman = stats.spearmanr([c.candidate.estimate.step_seconds for c in good], [c.seconds for c in good]).statistic
-  seconds = {c.candidate.name: c for c in good}
-  short = [c.name for c in search._in_turn([c.candidate for c in rows], [], compiles)]
-  chosen = min((seconds[name] for name in short if name in seconds), key=lambda c: c.seconds)
-  return Comparison(rows, float(spearman), chosen, chosen.seconds / min(c.seconds for c in good) - 1,
+  order: Any = stats.spearmanr([c.candidate.estimate.step_seconds for c in good], [c.seconds for c in good])
+  by_name, compiled = {c.candidate.name: c for c in rows}, []
+  for candidate in search.in_turn([c.candidate for c in rows], compiled, compiles):
+    compiled.append(by_name[candidate.name])
+  if not (works := [c for c in compiled if not c.error]):
+    raise ConfigError(f"none of the {len(compiled)} layouts that a search would compile works")
+  chosen = min(works, key=lambda c: c.seconds)
+  return Comparison(rows, float(order.statistic), chosen, chosen.seconds / min(c.seconds for c in good) - 1,
                     sum(c.candidate.estimate.fits != bool(c.error) for c in rows))  # fmt: skip
 
 
@@ -174,7 +186,9 @@ def text(c: Comparison) -> str:
     compiled = f"{row.seconds:7.3f}" if not row.error else "      -"
     fits = {(True, True): "", (False, False): "  fits neither", (True, False): "  compiles not",
             (False, True): "  fits all the same"}[e.fits, not row.error]  # fmt: skip
-    lines.append(f"{e.step_seconds:7.3f} {e.bytes / GIB:6.1f}  {compiled} {row.hbm / GIB:6.1f}  {row.candidate.name}{fits}")
+    lines.append(
+      f"{e.step_seconds:7.3f} {e.bytes / GIB:6.1f}  {compiled} {row.hbm / GIB:6.1f}  {row.candidate.name}{fits}"
+    )
   lines.append(f"Spearman {c.spearman:.3f} over the {sum(not r.error for r in c.rows)} that compile; a search chooses "
                f"{c.chosen.candidate.name}: regret {c.regret:.1%}; {c.agree} of {len(c.rows)} fit, or do not, in both")  # fmt: skip
   return "\n".join(lines)

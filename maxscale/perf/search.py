@@ -52,6 +52,11 @@ class Candidate:
     used = tuple(a for a in FAMILIES[1:] if self.options.get(f"mesh.{a}", 1) * self.options.get(f"mesh.dcn.{a}", 1) > 1)
     return used or ("fsdp",)
 
+  @functools.cached_property
+  def mesh(self) -> tuple[int, ...]:
+    """Sizes of the axes, within a slice and across."""
+    return tuple(v for path, v in self.options.items() if path.startswith("mesh."))
+
   @property
   def policy(self) -> str:
     table = self.options.get("remat.table") or {}
@@ -238,16 +243,31 @@ def _of(candidates: Iterable[Candidate], family: str) -> list[Candidate]:
 # ---- what is compiled
 
 
-def shortlist(candidates: Sequence[Candidate], count: int, same_mesh: int = 2) -> list[Candidate]:
-  """The best that fit, of one mesh at most `same_mesh`: the closed form knows differences of meshes less well."""
-  out: list[Candidate] = []
-  meshes: dict[tuple, int] = {}
-  for c in candidates:
-    mesh = tuple(v for path, v in c.options.items() if path.startswith("mesh."))
-    if c.estimate.fits and meshes.get(mesh, 0) < same_mesh and len(out) < count:
-      meshes[mesh] = meshes.get(mesh, 0) + 1
-      out.append(c)
-  return out
+def in_turn(candidates: Sequence[Candidate], compiled: Sequence[Compiled], count: int) -> Iterator[Candidate]:
+  """What to compile: the best that fit, until `count` of them work; at most four times as many.
+
+  Of one mesh at most two, since the closed form knows differences of meshes less well. From `compiled`, which the caller
+  adds to, it learns: where memory was too small, others that split the model by the same axes are taken to need as much
+  more than the closed form says; a mesh that failed otherwise is left out.
+  """
+  for _ in range(4 * count):
+    results = {c.candidate.name: c for c in sorted(compiled, key=lambda c: not c.error)}  # one that works wins
+    if sum(not c.error for c in results.values()) >= count:
+      return
+    more: dict[tuple[str, ...], float] = {}
+    meshes: list[tuple] = []
+    for c in results.values():
+      refused = c.error and c.hbm
+      if refused:
+        more[c.candidate.families] = max(more.get(c.candidate.families, 1.0), c.hbm / c.candidate.estimate.bytes)
+      else:
+        meshes += [c.candidate.mesh] * (1 + bool(c.error))
+    fit = (c for c in candidates if c.name not in results and meshes.count(c.mesh) < 2
+           and c.estimate.fits and c.estimate.bytes * more.get(c.families, 1.0) <= c.estimate.limit)  # fmt: skip
+    chosen = next(fit, None)
+    if chosen is None:
+      return
+    yield chosen
 
 
 def compile_candidate(config: Config, topology: str, slices: int) -> dict[str, Any]:
@@ -295,8 +315,8 @@ def run(
 
   Args:
     path: of the config's file, for the plan.
-    compiles: candidates that are compiled, each with every set of flags, and up to three times as many more as long as
-      none of them works; 0, and chips that no compiler here is for: the closed form decides alone.
+    compiles: candidates whose programs work, each with every set of flags; at most four times as many are tried. 0, and
+      chips that no compiler here is for: the closed form decides alone.
     budget: seconds after which no compile goes on.
     flag_sets: flags of a compile over those that the config has and the table gives (perf/compiler.py).
     overrides: what the user changed of the file (path -> text or value): the plan has it, below what was found.
@@ -317,7 +337,7 @@ def run(
     raise ConfigError(f"nothing fits {topology}: the leanest candidate ({best.name}) needs {e.bytes / GIB:.1f} GiB of "
                       f"{e.limit / GIB:.1f}; take more chips, or a smaller data.batch_size or data.length")  # fmt: skip
   compiled: list[Compiled] = []
-  turn = _in_turn(candidates, compiled, compiles if chip.torus else 0)
+  turn = in_turn(candidates, compiled, compiles if chip.torus else 0)
   for candidate, flags in ((candidate, flags) for candidate in turn for flags in flag_sets):
     left = budget - (time.perf_counter() - start)
     if left <= 0:
@@ -339,21 +359,6 @@ def run(
   winner = good[0] if good else None
   plan = _plan(config, path, topology, slices, winner.candidate if winner else best, winner, overrides or {})
   return Search(candidates, compiled, plan, explain(candidates, compiled))
-
-
-def _in_turn(candidates: Sequence[Candidate], compiled: Sequence[Compiled], count: int) -> Iterator[Candidate]:
-  """What to compile: the shortlist, and while nothing in `compiled`, which the caller adds to, works: the next best.
-
-  Where memory was too small these need less of it by the closed form; else they are of another mesh.
-  """
-  yield from shortlist(candidates, count)
-  for _ in range(3 * count):
-    if not all(c.error for c in compiled):
-      return
-    least = min((c.candidate.estimate.bytes for c in compiled if "RESOURCE_EXHAUSTED" in c.error), default=math.inf)
-    tried = {c.candidate.name for c in compiled}
-    more = candidates if least < math.inf else shortlist(candidates, len(candidates))
-    yield from [c for c in more if c.estimate.fits and c.name not in tried and c.estimate.bytes < 0.95 * least][:1]
 
 
 def _plan(

@@ -104,39 +104,75 @@ def test_little_memory_takes_another_candidate(moe):
   assert little[0].estimate.step_seconds >= moe[0].estimate.step_seconds
 
 
-def test_shortlist_has_several_meshes(moe):
-  short = search.shortlist(moe, 4)
-  meshes = [tuple(v for k, v in c.options.items() if k.startswith("mesh.")) for c in short]
+def said(candidate, seconds=0.0, **more):
+  return search.Compiled(candidate, {}, seconds, **more)
+
+
+def turn(candidates, count, results=()):
+  """Candidates in the order in which they are compiled: each gets the next result, then all work."""
+  compiled, out, results = [], [], iter(results)
+  for c in search.in_turn(candidates, compiled, count):
+    out.append(c)
+    compiled.append(said(c, **next(results, {"seconds": 1.0})))
+  return out
+
+
+def test_several_meshes_are_compiled(moe):
+  short = turn(moe, 4)
+  meshes = [c.mesh for c in short]
   assert len(short) == 4 and max(map(meshes.count, meshes)) <= 2 and short[0] is moe[0]
   assert all(c.estimate.fits for c in short)
+
+
+def test_after_too_little_memory_comes_what_needs_as_much_less(moe):
+  first = moe[0]
+  ratio = 1.3 * first.estimate.limit / first.estimate.bytes  # the program needs so much more than the closed form says
+  refused = {"error": "RESOURCE_EXHAUSTED", "hbm": ratio * first.estimate.bytes}
+  second = turn(moe, 1, [refused])[1]
+  leaner = lambda c: c.estimate.bytes * (ratio if c.families == first.families else 1) <= c.estimate.limit  # noqa: E731
+  assert second is next(c for c in moe[1:] if leaner(c))
+  same = [c for c in moe if c.families == first.families]
+  third = turn(same, 1, [refused])[1]
+  assert third.estimate.bytes * ratio <= third.estimate.limit and third is next(c for c in same if leaner(c))
+  # what was refused does not count as one of its mesh, and more are tried until enough work
+  assert len(turn(moe, 4, [refused] * 3)) == 7 and len(turn(moe, 2, [refused] * 99)) <= 8
+  huge = {**refused, "hbm": 1e15}
+  assert all(c.families != first.families for c in turn(moe, 2, [huge])[1:])
+
+
+def test_what_fails_otherwise_is_left_with_its_mesh(moe):
+  first, second, *_ = turn(moe, 1, [{"error": "INTERNAL"}])
+  assert second.mesh != first.mesh and second is next(c for c in moe if c.mesh != first.mesh)
+  assert len(turn(moe, 2, [{"error": "INTERNAL"}] * 99)) == 8
+  assert turn(moe[:1], 2, [{"error": "INTERNAL"}]) == moe[:1]
 
 
 # ---- compiles, which a function stands in for
 
 
 def run(monkeypatch, results, **options):
-  """A search whose compiles give results in turn: seconds, or an error."""
+  """A search whose compiles give results in turn: seconds, or an error; of one for memory also what it needs."""
   calls = []
 
   def compile(config, topology, slices, seconds):
     calls.append(config)
     result = results[len(calls) - 1]
     if isinstance(result, str):
-      return {"error": result}
+      return {"error": result, "hbm": 100 * 2**30 if "EXHAUSTED" in result else 0.0}
     return {"seconds": result, "low": result, "high": result, "classes": {"matmul": result}, "hbm": 2**30}
 
-  monkeypatch.setattr(search, "_in_process", compile)
+  monkeypatch.setattr(search, "in_process", compile)
   said = []
   found = search.run(ref.config(DENSE), "configs/x.py", TOPOLOGY, say=said.append, **options)
   return found, calls, said
 
 
 def test_the_shortest_compiled_step_is_the_plan(monkeypatch):
-  found, calls, said = run(monkeypatch, [3.0, "RESOURCE_EXHAUSTED", 1.5, 2.0])
-  short = search.shortlist(found.candidates, 4)
-  assert calls == [search.with_options(ref.config(DENSE), c.options) for c in short]
+  found, calls, printed = run(monkeypatch, [3.0, "RESOURCE_EXHAUSTED", 1.5, 2.0, 4.0])
+  short = [c.candidate for c in found.compiled]
+  assert calls == [search.with_options(ref.config(DENSE), c.options) for c in short] and len(calls) == 5
   assert found.plan.options == short[2].options and found.plan.predicted["seconds"] == 1.5
-  assert found.plan.predicted["by"] == "compiled" and "RESOURCE_EXHAUSTED" in "\n".join(said)
+  assert found.plan.predicted["by"] == "compiled" and "RESOURCE_EXHAUSTED" in "\n".join(printed)
   assert found.plan.predicted["tokens_per_second_per_chip"] == pytest.approx(32 * 4096 / 1.5 / 8)
   assert f"(compiled: {3.0:.3f} s, 1.0 GiB) [best]" in found.lines[0]
 
@@ -150,16 +186,13 @@ def test_every_set_of_flags_is_compiled(monkeypatch):
   assert again.run.flags == {"xla_a": "1"} and again.mesh == calls[1].mesh and again.remat == calls[1].remat
 
 
-def test_while_nothing_works_the_next_best_are_compiled(monkeypatch):
-  found, calls, _ = run(monkeypatch, ["RESOURCE_EXHAUSTED"] * 5 + [2.0, 1.0], compiles=4)
-  refused, winner = [c.candidate.estimate.bytes for c in found.compiled[:5]], found.compiled[5].candidate
-  assert len(calls) == 6 and winner.estimate.bytes < min(refused) and refused[4] < min(refused[:4])
-  assert found.plan.options == winner.options and found.plan.predicted["by"] == "compiled"
-  found, *_ = run(monkeypatch, ["INTERNAL", 2.0], compiles=1)
-  mesh = lambda c: {p: v for p, v in c.candidate.options.items() if p.startswith("mesh.")}  # noqa: E731
-  assert found.compiled[1].candidate in search.shortlist(found.candidates, 9) and len(found.compiled) == 2
-  found, *_ = run(monkeypatch, ["INTERNAL"] * 2 + [2.0], compiles=1)
-  assert mesh(found.compiled[2]) != mesh(found.compiled[0])
+def test_others_are_compiled_until_enough_work(monkeypatch):
+  found, calls, _ = run(monkeypatch, ["RESOURCE_EXHAUSTED"] * 3 + [2.0, "INTERNAL", 1.0], compiles=2)
+  assert len(calls) == 6 and found.plan.options == found.compiled[5].candidate.options
+  assert found.plan.predicted["by"] == "compiled"
+  sets = [{}, {"xla_a": "1"}]
+  found, calls, _ = run(monkeypatch, ["INTERNAL", 2.0], compiles=1, flag_sets=sets)
+  assert len(calls) == 2 and found.plan.options["run.flags"] == {"xla_a": "1"}
 
 
 def test_where_nothing_works_there_is_no_plan(monkeypatch):
@@ -190,7 +223,7 @@ def test_without_time_or_programs_the_closed_form_decides(monkeypatch):
 
 
 def test_chips_without_a_compiler_here_are_not_compiled(monkeypatch):
-  monkeypatch.setattr(search, "_in_process", lambda *_: pytest.fail("compiled"))
+  monkeypatch.setattr(search, "in_process", lambda *_: pytest.fail("compiled"))
   found = search.run(ref.config(DENSE), "configs/x.py", "h100:8", say=lambda _: None)
   assert found.plan.topology == "h100:8" and found.candidates[0].estimate.fits
 
@@ -241,7 +274,7 @@ def test_what_a_candidate_loses_on():
 def test_a_childs_seconds_and_bytes_are_those_of_a_plan(monkeypatch):
   """HBM with the program's code and without what is on the host; what cannot be predicted is an error."""
   from maxscale import environment
-  from maxscale.perf import aot, predict
+  from maxscale.perf import aot, predict, trace
 
   analysis = types.SimpleNamespace(
     peak_memory_in_bytes=1000, host_argument_size_in_bytes=300, generated_code_size_in_bytes=7
@@ -251,13 +284,24 @@ def test_a_childs_seconds_and_bytes_are_those_of_a_plan(monkeypatch):
   monkeypatch.setattr(aot, "compile_step", lambda *_: made)
   found = types.SimpleNamespace(seconds=2.0, low=1.0, high=3.0, classes={"matmul": 2.0})
   monkeypatch.setattr(predict, "predict", lambda _: found)
-  assert search.compile_candidate(ref.config(DENSE), TOPOLOGY, 1) == {**vars(found), "hbm": 707}
+  monkeypatch.setattr(predict, "events_of", lambda _: (trace.Work("matmul", "mlp forward", 7),))
+  assert search.compile_candidate(ref.config(DENSE), TOPOLOGY, 1) == {
+    **vars(found), "hbm": 707, "events": [["matmul", "mlp forward", 7, 0.0, 0.0, 0.0, 1]]
+  }  # fmt: skip
 
   def unknown(_):
     raise ValueError("the trips of a loop are unknown")
 
   monkeypatch.setattr(predict, "predict", unknown)
-  assert search.compile_candidate(ref.config(DENSE), TOPOLOGY, 1) == {"error": "the trips of a loop are unknown"}
+  assert search.compile_candidate(ref.config(DENSE), TOPOLOGY, 1) == {
+    "error": "the trips of a loop are unknown", "hbm": 0.0
+  }  # fmt: skip
+
+  def large(_):
+    raise RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.01G of 31.25G hbm.")
+
+  monkeypatch.setattr(predict, "predict", large)
+  assert search.compile_candidate(ref.config(DENSE), TOPOLOGY, 1)["hbm"] == pytest.approx(33.01 * 2**30)
 
 
 @pytest.mark.slow
