@@ -30,13 +30,13 @@ def hidden(kind: str, gate: jax.Array | None, up: jax.Array) -> jax.Array:
   Returns:
     [..., F] in the dtype of up.
   """
-  x = up.astype(jnp.float32)
+  return wide(kind, *(v.astype(jnp.float32) for v in (gate, up) if v is not None)).astype(up.dtype)
+
+
+def wide(kind: str, *inputs: jax.Array) -> jax.Array:
+  """`hidden` of (gate, up), or (up,), in float32."""
+  *gate, up = inputs
   if kind == "clamped_swiglu":
-    assert gate is not None  # config.check has seen to it
-    g = jnp.minimum(gate.astype(jnp.float32), LIMIT)
-    y = (jnp.clip(x, -LIMIT, LIMIT) + 1) * g * jax.nn.sigmoid(ALPHA * g)
-  elif gate is None:
-    y = ACTIVATIONS[kind](x)
-  else:
-    y = ACTIVATIONS[kind](gate.astype(jnp.float32)) * x
-  return y.astype(up.dtype)
+    g = jnp.minimum(gate[0], LIMIT)  # config.check has seen to it that there is one
+    return (jnp.clip(up, -LIMIT, LIMIT) + 1) * g * jax.nn.sigmoid(ALPHA * g)
+  return ACTIVATIONS[kind](gate[0]) * up if gate else ACTIVATIONS[kind](up)

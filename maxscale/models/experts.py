@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from maxscale.config import ConfigError
-from maxscale.models import activations, kernels
+from maxscale.models import activations, expert_mlp, kernels
 from maxscale.sharding import context as sharding
 
 Slices = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # the four numbers of each slice of `ragged_all_to_all`
@@ -25,16 +25,12 @@ class Weights(NamedTuple):
   """The parameters of this device's experts.
 
   Attributes:
-    gate, up: [E/P, D, F], no gate where the activation has none. down: [E/P, F, D]. Used in the dtype of x.
-    gate_bias, up_bias: [E/P, F]. down_bias: [E/P, D], the same on all devices along `mlp`, of which the first adds it:
-      only there is its gradient not zero.
+    mlp: of E/P experts.
+    down_bias: [E/P, D], the same on all devices along `mlp`, of which the first adds it: only there is its gradient not
+      zero.
   """
 
-  gate: kernels.Weight | None
-  up: kernels.Weight
-  down: kernels.Weight
-  gate_bias: jax.Array | None = None
-  up_bias: jax.Array | None = None
+  mlp: expert_mlp.Weights
   down_bias: jax.Array | None = None
 
 
@@ -73,7 +69,7 @@ def experts(
     weights = weights._replace(down_bias=jnp.where(sharding.shard_index("mlp") == 0, weights.down_bias, 0))
   if route == "dense":
     return _dense(x, gates, ids, weights, activation), {"dropped": jnp.int32(0)}
-  total = parts * weights.up.used.shape[0]
+  total = parts * weights.mlp.up.used.shape[0]
   choices = jnp.where(ids < 0, total, ids).reshape(-1)  # those of no expert are sorted behind all others
   order = jnp.argsort(choices, stable=True)
   inverse = jnp.argsort(order)
@@ -95,26 +91,12 @@ def experts(
 
 
 def _mlp(x: jax.Array, gates: jax.Array, sizes: jax.Array, weights: Weights, activation: str) -> jax.Array:
-  """Rows sorted by expert [R, D] through their experts, times gates [R]; sizes: int32 [E/P], rows of each expert.
-
-  Nobody reads the results of rows past those of the experts. A kernel need not compute them and may leave anything
-  there, so they are cleared before they meet a weight's gradient, forward and backward.
-  """
-  # The expert of each row, E/P past those of experts. To compare all is what a TPU does best.
-  expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right", method="compare_all")
-
-  def product(w: kernels.Weight, bias: jax.Array | None, name: str) -> jax.Array:
-    y = kernels.grouped_matmul(x, w, sizes)
-    y = y if bias is None else y + _of_rows(bias, expert, x.dtype)
-    return _first_rows(checkpoint_name(y, name), jnp.sum(sizes))
-
-  gate = None if weights.gate is None else product(weights.gate, weights.gate_bias, "gate")
-  h = activations.hidden(activation, gate, product(weights.up, weights.up_bias, "up"))
-  # The gate multiplies the hidden row: its gradient then needs no result of the third product.
-  y = kernels.grouped_matmul((h * gates[:, None]).astype(x.dtype), weights.down, sizes)
+  """Rows sorted by expert [R, D] through their experts, times gates [R]; sizes: int32 [E/P], rows of each expert."""
+  y = expert_mlp.expert_mlp(x, gates, sizes, weights.mlp, activation)
   if weights.down_bias is None:
     return y
-  return (y + _of_rows(weights.down_bias, expert, x.dtype) * gates[:, None]).astype(x.dtype)
+  expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right", method="compare_all")
+  return (y + _of_rows(weights.down_bias, expert) * gates[:, None]).astype(x.dtype)
 
 
 def _dense(x: jax.Array, gates: jax.Array, ids: jax.Array, weights: Weights, activation: str) -> jax.Array:
@@ -123,38 +105,29 @@ def _dense(x: jax.Array, gates: jax.Array, ids: jax.Array, weights: Weights, act
     raise ConfigError(
       "model.moe.route=dense needs all experts on each device; set mesh.expert=1, or model.moe.route=sparse"
     )
-  share = jnp.sum(jnp.where(ids[..., None] == jnp.arange(weights.up.used.shape[0]), gates[..., None], 0), 1)  # [M, E]
+  mlp = weights.mlp
+  share = jnp.sum(jnp.where(ids[..., None] == jnp.arange(mlp.up.used.shape[0]), gates[..., None], 0), 1)  # [M, E]
 
   def product(w: kernels.Weight, bias: jax.Array | None, name: str) -> jax.Array:
     y = kernels.matmul("md,edf->mef", x, w)
     return checkpoint_name(y if bias is None else y + bias.astype(x.dtype), name)
 
-  gate = None if weights.gate is None else product(weights.gate, weights.gate_bias, "gate")
-  h = activations.hidden(activation, gate, product(weights.up, weights.up_bias, "up"))
-  y = kernels.matmul("mef,efd->md", (h * share[..., None]).astype(x.dtype), weights.down)
+  gate = None if mlp.gate is None else product(mlp.gate, mlp.gate_bias, "gate")
+  h = activations.hidden(activation, gate, product(mlp.up, mlp.up_bias, "up"))
+  y = kernels.matmul("mef,efd->md", (h * share[..., None]).astype(x.dtype), mlp.down)
   if weights.down_bias is None:
     return y
   return (y + jnp.matmul(share, weights.down_bias, precision=jax.lax.Precision.HIGHEST)).astype(x.dtype)
 
 
-@functools.partial(kernels.custom_vjp, nondiff_argnums=(2,))
-def _of_rows(bias: jax.Array, expert: jax.Array, dtype: Any) -> jax.Array:
-  """[R, F] in a dtype: the bias [E/P, F] of each row's expert, 0 for a row of none (E/P)."""
-  return bias.astype(dtype).at[expert].get(mode="fill", fill_value=0)
-
-
-def _of_rows_bwd(dtype: Any, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None]:
-  """Sums over the rows of each expert, in float32. A product with zeros and ones: a scatter is slow on a TPU."""
-  like, expert = residuals
-  rows = jax.nn.one_hot(expert, like.shape[0], dtype=dy.dtype)
-  precision = jax.lax.Precision.HIGHEST
-  dbias = jnp.einsum("re,rf->ef", rows, dy, precision=precision, preferred_element_type=jnp.float32)
-  return dbias.astype(like.dtype), None
+@kernels.custom_vjp
+def _of_rows(bias: jax.Array, expert: jax.Array) -> jax.Array:
+  return expert_mlp.of_rows(bias, expert)
 
 
 _of_rows.defvjp(
-  lambda bias, expert, dtype: (_of_rows(bias, expert, dtype), (jnp.zeros((len(bias), 0), bias.dtype), expert)),
-  _of_rows_bwd,
+  lambda bias, expert: (_of_rows(bias, expert), (bias, expert)),
+  lambda kept, dy: (expert_mlp.of_rows_gradient(kept[0], kept[1], dy), None),
 )
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,44 +31,89 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+Tiles = tuple[jax.Array, ...]
+# (products in float32 [r, n], columns [r, n], rows [r, 1], groups [1, n]) -> (results [r, n], terms [r, n] of sums)
+Then = Callable[[Tiles, Tiles, Tiles, Tiles], tuple[Tiles, Tiles]]
 
-def product(x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: Any, precision: Any, transposed: bool,
-            backend: str) -> jax.Array:  # fmt: skip
-  """Row block e of x [M, K] times w[e]: [M, N]. Rows past the sum of sizes hold anything.
+
+def products(
+  x: jax.Array, ws: Sequence[jax.Array], sizes: jax.Array, precision: Any, transposed: bool, backend: str, then: Then,
+  columns: Tiles = (), rows: Tiles = (), groups: Tiles = (),
+) -> tuple[Tiles, Tiles] | None:  # fmt: skip
+  """What `then` makes of the products of row block e of x [M, K] and w[e], each [M, N], and of what lies beside them.
+
+  It is called for a tile of rows and columns while that is in VMEM: nothing between the products and its results is
+  written to HBM, and its work is beside that of the matrix unit. Rows past the sum of sizes hold anything.
 
   Args:
-    w: [E, K, N], or [E, N, K] if transposed.
+    ws: each [E, K, N], or [E, N, K] if transposed.
     sizes: int32 [E].
     backend: "tpu", or "interpret" to simulate it.
+    columns: each [M, N]. rows: each [M]. groups: each [E, N], of which `then` sees that of the rows' group.
+
+  Returns:
+    Results, each [M, N]; and sums over the columns of the terms, each float32 [M]. None where no tile fits in VMEM.
   """
-  (m, k), n, chip, out_dtype = x.shape, w.shape[1 if transposed else 2], _chip(backend), jnp.dtype(dtype)
+  (m, k), n, chip = x.shape, ws[0].shape[1 if transposed else 2], _chip(backend)
   # The next group's matrix is read during the last visit of a group, in the time that the products of 190 (v5p) to 560
   # rows (v6e) take: lower tiles would only wait for it. Higher ones waste more rows where a group ends.
-  rows = min(m, chip.mxu_column_size)
+  height = min(m, chip.mxu_column_size)
+
+  def shapes(r: int, n: int) -> tuple[Tiles, Tiles]:
+    like = lambda arrays, *shape: tuple(jax.ShapeDtypeStruct(shape, a.dtype) for a in arrays)  # noqa: E731
+    products = (jax.ShapeDtypeStruct((r, n), jnp.float32),) * len(ws)
+    return jax.eval_shape(then, products, like(columns, r, n), like(rows, r, 1), like(groups, 1, n))
+
+  results, terms = shapes(m, n)
+  column_bytes = sum(a.dtype.itemsize for a in (*columns, *results))
+  wide = len(columns) + len(results) + len(terms) - 1  # float32 tiles beside that of a product alone
   # Of x a whole row is in VMEM, of w a whole column, or w would be read again at every visit.
-  vmem = lambda width: _element(x) * k * (rows + width) + 2 * out_dtype.itemsize * rows * width  # noqa: E731
-  widths = _widths(chip, (n,), 2048, vmem)
-  if widths is None or x.dtype.itemsize == 1:
-    return jax.lax.ragged_dot(x, w.swapaxes(1, 2) if transposed else w, sizes, precision, out_dtype)
-  visits, count = Visits.of(sizes, m, rows)
-
-  def grouped_product(visits: Visits, x: Any, w: Any, out: Any) -> None:
-    dims = (((1,), (1 if transposed else 0,)), ((), ()))
-    y = jax.lax.dot_general(x[...], w[...], dims, precision, jnp.float32)
-    mine = visits.mine(pl.program_id(1), rows, y.shape)  # the others are of another visit of this tile
-    out[...] = jnp.where(mine, y, out[...].astype(jnp.float32)).astype(out_dtype)
-
+  vmem = lambda width: (  # noqa: E731
+    _element(x) * k * (height + len(ws) * width) + (2 * column_bytes + 4 * wide) * height * width
+  )
+  widths = _widths(chip, (n,), 2048, vmem, len(ws))
+  if widths is None:
+    return None
+  visits, count = Visits.of(sizes, m, height)
   (width,) = widths
   tiles = pl.cdiv(n, width)
-  x_spec = pl.BlockSpec((rows, k), lambda j, v, visits: (visits.tile(v), 0))
+
+  def grouped_product(visits: Visits, x: Any, *refs: Any) -> None:
+    each = iter(refs)
+    w, column, row, group, result, total = (
+      tuple(next(each) for _ in many) for many in (ws, columns, rows, groups, results, terms)
+    )
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    ys = tuple(jax.lax.dot_general(x[...], a[...], dims, precision, jnp.float32) for a in w)
+    made, terms_ = then(ys, *(tuple(a[...] for a in many) for many in (column, row, group)))
+    mine = visits.mine(pl.program_id(1), height, (height, width))  # the others are of another visit of this tile
+    for out, y in zip(result, made):
+      kept = jnp.where(mine, y.astype(jnp.float32), out[...].astype(jnp.float32))
+      out[...] = kept.astype(out.dtype)
+    for out, term in zip(total, terms_):
+      if n % width:  # the last tile reaches past the columns that there are
+        inside = pl.program_id(0) * width + jax.lax.broadcasted_iota(jnp.int32, (height, width), 1) < n
+        term = jnp.where(inside, term, 0)
+      out[...] = jnp.where(mine[:, :1], jnp.sum(term, 1, keepdims=True), out[...])
+
+  x_spec = pl.BlockSpec((height, k), lambda j, v, visits: (visits.tile(v), 0))
   if transposed:
     w_spec = pl.BlockSpec((None, width, k), lambda j, v, visits: (visits.group[v], j, 0))
   else:
     w_spec = pl.BlockSpec((None, k, width), lambda j, v, visits: (visits.group[v], 0, j))
-  out_spec = pl.BlockSpec((rows, width), lambda j, v, visits: (visits.tile(v), j))
-  moved = tiles * x.nbytes + w.nbytes + m * n * out_dtype.itemsize
-  return _call(grouped_product, backend, (tiles, count), (x_spec, w_spec), out_spec, ((m, n), out_dtype),
-               vmem(width), 2 * m * k * n, moved, visits, x, w)  # fmt: skip
+  column_spec = pl.BlockSpec((height, width), lambda j, v, visits: (visits.tile(v), j))
+  row_spec = pl.BlockSpec((height, 1), lambda j, v, visits: (visits.tile(v), 0))
+  group_spec = pl.BlockSpec((None, 1, width), lambda j, v, visits: (visits.group[v], 0, j))
+  total_spec = pl.BlockSpec((None, height, 1), lambda j, v, visits: (j, visits.tile(v), 0))
+  operands = x, *ws, *columns, *(a[:, None] for a in rows), *(a[:, None] for a in groups)
+  in_specs = [x_spec] + [w_spec] * len(ws) + [column_spec] * len(columns) + [row_spec] * len(rows)
+  in_specs += [group_spec] * len(groups)
+  out_specs = [column_spec] * len(results) + [total_spec] * len(terms)
+  out = [*results, *(jax.ShapeDtypeStruct((tiles, m, 1), jnp.float32) for _ in terms)]
+  moved = tiles * x.nbytes + sum(w.nbytes for w in ws) + m * n * column_bytes
+  done = _call(grouped_product, backend, (tiles, count), in_specs, out_specs, out, vmem(width),
+               2 * len(ws) * m * k * n, moved, visits, *operands)  # fmt: skip
+  return tuple(done[: len(results)]), tuple(a.sum((0, 2)) for a in done[len(results) :])
 
 
 def outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, precision: Any, backend: str) -> jax.Array:
@@ -109,8 +154,8 @@ def outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, precision: Any, backend
   x_spec = pl.BlockSpec((rows, widths[0]), lambda t, v, visits: (visits.tile(v), t // tiles[1]))
   dy_spec = pl.BlockSpec((rows, widths[1]), lambda t, v, visits: (visits.tile(v), t % tiles[1]))
   out_spec = pl.BlockSpec((None, *widths), lambda t, v, visits: (visits.group[v], t // tiles[1], t % tiles[1]))
-  out = (sizes.size, k, n), jnp.float32
-  moved = tiles[1] * x.nbytes + tiles[0] * dy.nbytes + 4 * math.prod(out[0])
+  out = jax.ShapeDtypeStruct((sizes.size, k, n), jnp.float32)
+  moved = tiles[1] * x.nbytes + tiles[0] * dy.nbytes + 4 * out.size
   return _call(grouped_outer, backend, (math.prod(tiles), count), (x_spec, dy_spec), out_spec, out, vmem(*widths),
                2 * m * k * n, moved, visits, x, dy)  # fmt: skip
 
@@ -118,13 +163,13 @@ def outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, precision: Any, backend
 SCRATCH = 8 * 2**20  # bytes of VMEM that a kernel may take beside its windows; 0 to 4 MiB were seen in bfloat16
 
 
-def _call(kernel: Callable, backend: str, grid: tuple, in_specs: tuple, out_spec: pl.BlockSpec, out: tuple, vmem: int,
-          flops: int, moved: int, *operands: Any) -> jax.Array:  # fmt: skip
+def _call(kernel: Callable, backend: str, grid: tuple, in_specs: Any, out_specs: Any, out: Any, vmem: int, flops: int,
+          moved: int, *operands: Any) -> Any:  # fmt: skip
   """The kernel on `operands`, of which the first are the visits; `moved`: bytes between HBM and VMEM."""
   return pl.pallas_call(
     kernel,
-    jax.ShapeDtypeStruct(*out),
-    grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_spec),
+    out,
+    grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_specs),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem + SCRATCH
     ),
@@ -190,14 +235,17 @@ def _element(x: jax.Array) -> int:
   return 4 if x.dtype == jnp.bfloat16 else 16
 
 
-def _widths(chip: pltpu.TpuInfo, sizes: tuple[int, ...], most: int, vmem: Callable[..., int]) -> tuple[int, ...] | None:
+def _widths(
+  chip: pltpu.TpuInfo, sizes: tuple[int, ...], most: int, vmem: Callable[..., int], reuse: int = 1
+) -> tuple[int, ...] | None:
   """Widths, up to `most`, of the tile of a result with columns of these sizes; None if not even the smallest fits.
 
   Its windows, of `vmem` bytes, take at most half of VMEM. Of those that fit, the one of least work: that of padding
   and of an idle core counts, and a tile so narrow that reading it takes longer than its product counts as much more.
+  `reuse`: products of what is read.
   """
   side = chip.mxu_column_size
-  ridge = chip.bf16_ops_per_second / chip.mem_bw_bytes_per_second
+  ridge = chip.bf16_ops_per_second / chip.mem_bw_bytes_per_second / reuse
 
   def work(tile: tuple[int, ...]) -> tuple[float, int]:
     rounds = pl.cdiv(math.prod(pl.cdiv(n, width) for n, width in zip(sizes, tile)), chip.num_cores)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maxscale.models import experts, router
+from maxscale.models import expert_mlp, experts, router
 from maxscale.models.module import param
 from maxscale.models.parts import MLP, Shape, Weights
 from maxscale.sharding import context as sharding
@@ -67,6 +67,9 @@ class MoE(Weights):
 
   def _experts(self, dtype: jnp.dtype) -> experts.Weights:
     have = [name for name in ("gate", "up", "down") if hasattr(self, name)]
-    biases = [f"{name}_bias" for name in have if hasattr(self, f"{name}_bias")]
-    values: dict[str, Any] = {name: self.weight(name, dtype) for name in have}
-    return experts.Weights(**{"gate": None, **values, **{name: self.array(name, "mlp") for name in biases}})
+    values: dict[str, Any] = {"gate": None, **{name: self.weight(name, dtype) for name in have}}
+    biases: dict[str, Any] = {
+      f"{name}_bias": self.array(f"{name}_bias", "mlp") for name in have if hasattr(self, f"{name}_bias")
+    }
+    down_bias = biases.pop("down_bias", None)
+    return experts.Weights(expert_mlp.Weights(**values, **biases), down_bias)

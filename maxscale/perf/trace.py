@@ -191,8 +191,11 @@ class _Reader:
 
   def _work(self, i: Instruction) -> Work | None:
     kind, part = self.program.kind(i), part_of(i.op_name)
-    if kind == "kernel":
-      if 'custom_call_target="tpu_custom_call"' not in i.text:
+    if i.opcode == "fusion":  # XLA may let a kernel write straight into a part of an array
+      inside = (j for c in i.called.get("calls", ()) for j in self.program.computations[c])
+      i = next((j for j in inside if _MOSAIC in j.text), i)
+    if i.opcode == "custom-call":
+      if _MOSAIC not in i.text:
         return None
       work = _kernel(i, part, self.program)
       if work.kind == "grouped":
@@ -260,6 +263,7 @@ class _Reader:
     return "core"
 
 
+_MOSAIC = 'custom_call_target="tpu_custom_call"'
 _PARTNER = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)_\d+"')
 _CHAIN = re.compile(r'chain_id="?(\w+)')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
