@@ -255,6 +255,10 @@ class Sharding:
     "ring", RUNTIME, "attention over split sequences: K and V go around, are gathered, or heads are exchanged",
     ("ring", "gather", "ulysses"),
   )  # fmt: skip
+  experts: str = option(
+    "exchange", RUNTIME, "tokens of split experts: each goes to those that it chose, or all go to all of a group and sums "
+    "come back, which is less from five choices a token on", ("exchange", "gather"),
+  )  # fmt: skip
   expert_buffer: float = option(
     2.0, RUNTIME, "rows that a device's experts can receive, as a multiple of the balanced load"
   )

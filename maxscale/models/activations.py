@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "silu": jax.nn.silu,
-  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5))),  # JAX's has erfc, which kernels for TPU have not
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "relu": jax.nn.relu,
   "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al., arXiv 2109.08668

@@ -42,13 +42,15 @@ def experts(
   activation: str,
   factor: float,
   route: str,
+  exchange: bool = True,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The sum over a token's choices of gate * (down(hidden(x gate, x up)) + its bias), by the expert of each choice.
 
-  Runs inside a shard_map over all mesh axes. Where the logical axis `experts` is split, each device receives the rows
-  that chose its experts, from all devices along it, into room for R = min(ceil(factor * M * A), P * M * A) rows. What
-  does not fit is dropped: it adds nothing to y, its gradient is zero, and it is counted. The rows that fit are the
-  first by (device of the token, expert, token). A factor of P drops nothing, whatever the router does.
+  Runs inside a shard_map over all mesh axes. Where the logical axis `experts` is split, each device computes the rows
+  that chose its experts, of all devices along it, in room for R = min(ceil(factor * M * A), P * M * A) rows. What does
+  not fit is dropped: it adds nothing to y, its gradient is zero, and it is counted. The rows that fit are the first by
+  (device of the token, expert, token) with `exchange`, else by (expert, token). A factor of P drops nothing, whatever
+  the router does.
 
   Args:
     x: [M, D], tokens of this device. gates: [M, A], float. ids: int32 [M, A], experts of each token, in [0, E); -1 is
@@ -56,29 +58,54 @@ def experts(
     activation: `model.activation` (activations.hidden).
     factor: R over the rows of a device when all experts are chosen equally often, at least 1.
     route: `model.moe.route`; `dense` computes every expert for every token, and is the same.
+    exchange: rows go to the devices of their experts, in A * (P - 1) / P copies of a token; or all tokens go to all P
+      devices, and what each has added to them comes back as a sum.
 
   Returns:
     y [M, D] in the dtype of x, a partial sum over the devices along `mlp`; and
-    dropped: int32 [], how many of the M * A choices of this device's tokens did not fit.
+    dropped: int32 [], choices that did not fit; the sum over devices is that of all tokens.
 
   Raises:
     ConfigError: the route is dense and experts are split.
   """
-  copies, parts = ids.shape[-1], sharding.parts("experts")
   if weights.down_bias is not None:
     weights = weights._replace(down_bias=jnp.where(sharding.shard_index("mlp") == 0, weights.down_bias, 0))
   if route == "dense":
     return _dense(x, gates, ids, weights, activation), {"dropped": jnp.int32(0)}
+  if sharding.parts("experts") > 1 and exchange:
+    return _exchanged(x, gates, ids, weights, activation, factor)
+  return _gathered(x, gates, ids, weights, activation, factor)
+
+
+def _gathered(x: jax.Array, gates: jax.Array, ids: jax.Array, weights: Weights, activation: str, factor: float) -> Any:
+  """`experts` of all tokens of the devices along `experts` (or of one device's), which are summed over these devices."""
+  axes, own, copies = sharding.mesh_axes("experts"), weights.mlp.up.used.shape[0], ids.shape[-1]
+  if axes:
+    x, gates, ids = (jax.lax.all_gather(v, axes, tiled=True) for v in (x, gates, ids))
+  ids = ids.reshape(-1) - sharding.shard_index("experts") * own
+  choices = jnp.where((ids < 0) | (ids >= own), own, ids)  # those of no expert here are sorted behind all others
+  room = min(math.ceil(factor * choices.size / sharding.parts("experts")), choices.size)
+  order = jnp.argsort(choices, stable=True)
+  inverse = jnp.argsort(order)
+  counts = jnp.bincount(choices, length=own).astype(jnp.int32)
+  sizes = jnp.clip(room - (jnp.cumsum(counts) - counts), 0, counts)
+  # `_gather` reads zeros for a choice without a place.
+  order, inverse = order[:room], jnp.where((choices < own) & (inverse < room), inverse, room)
+  rows, row_gates = _spread(x, order, inverse, copies), _spread(gates.reshape(-1), order, inverse, 1)
+  y = _gather(_mlp(rows, row_gates, sizes, weights, activation), order, inverse, copies)
+  if axes:
+    y = jax.lax.psum_scatter(y, axes, tiled=True)
+  return y, {"dropped": jnp.sum(counts - sizes)}
+
+
+def _exchanged(x: jax.Array, gates: jax.Array, ids: jax.Array, weights: Weights, activation: str, factor: float) -> Any:
+  """`experts` where the row of each choice goes to the device of its expert, and its result comes back."""
+  copies, parts = ids.shape[-1], sharding.parts("experts")
   total = parts * weights.mlp.up.used.shape[0]
   choices = jnp.where(ids < 0, total, ids).reshape(-1)  # those of no expert are sorted behind all others
   order = jnp.argsort(choices, stable=True)
   inverse = jnp.argsort(order)
   counts = jnp.bincount(choices, length=total).astype(jnp.int32)
-  if parts == 1:
-    inverse = jnp.where(choices < total, inverse, choices.size)  # `_gather` reads zeros for a choice without a place
-    rows, row_gates = _spread(x, order, inverse, copies), _spread(gates.reshape(-1), order, inverse, 1)
-    y = _mlp(rows, row_gates, counts, weights, activation)
-    return _gather(y, order, inverse, copies), {"dropped": jnp.int32(0)}
   room = min(math.ceil(factor * choices.size), parts * choices.size)
   there, back, sizes = _routes(jax.lax.all_gather(counts, sharding.mesh_axes("experts")), room)
   first, sent = there[:2]

@@ -57,7 +57,7 @@ class MoE(Weights):
       ids, cut = router.capacity(moe.capacity, s.E, ids, valid)
     rows, choices = x_btd.reshape(-1, s.D), (-1, s.A)
     y, dropped = experts.experts(rows, gates.reshape(choices), ids.reshape(choices), self._experts(x_btd.dtype),
-                                 s.m.activation, s.buffer, moe.route)  # fmt: skip
+                                 s.m.activation, s.buffer, moe.route, s.exchange)  # fmt: skip
     y = y.reshape(x_btd.shape)
     if moe.shared:
       with jax.named_scope("shared"):

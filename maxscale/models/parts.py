@@ -60,6 +60,7 @@ class Shape:
   E_pad: int
   A: int
   buffer: float
+  exchange: bool
   context: str
   grad_dtype: str
 
@@ -71,7 +72,7 @@ class Shape:
       m=m, lora=config.lora, D=m.embed, F=m.mlp, V=vocab_size, V_pad=_pad(vocab_size, m.vocab_multiple),
       N=m.heads, N_pad=m.heads // kv * kv_pad, K=kv, K_pad=kv_pad, H=config.head_dim, H_v=config.value_dim,
       L=m.layers, L_dense=config.dense_layers, E=m.experts, E_pad=_pad(m.experts, m.expert_multiple),
-      A=m.experts_per_token, buffer=config.sharding.expert_buffer, context=config.sharding.context,
+      A=m.experts_per_token, buffer=config.sharding.expert_buffer, exchange=config.sharding.experts == "exchange", context=config.sharding.context,
       grad_dtype=config.optimizer.grad_reduce_dtype,
     )  # fmt: skip
 

@@ -226,7 +226,13 @@ def _moe(d: Local, stack: str, entry: str) -> list[Node]:
   dense = s.m.moe.route == "dense"
   worked = tokens * s.E_pad if dense else choices  # rows of products: those that were chosen, however large the room
   rows = worked if dense else room
-  there = lambda n, size: d.move("ragged-all-to-all", axes, size * n, "" if n > 1 else "float32")  # noqa: E731
+
+  def there(n: int, rows: int, kind: str) -> Any:
+    """To the experts' devices or back: rows of n numbers, or all tokens of all of them."""
+    if s.exchange:
+      return d.move("ragged-all-to-all", axes, rows * n, "" if n > 1 else "float32")
+    return d.move(kind, axes, parts * tokens * (n if n > 1 else s.A), "" if n > 1 else "float32")
+
   product = lambda k, n: d.dot(worked, k, n, groups)  # noqa: E731
   small = [(s.A, "float32"), (s.A, "int32"), (1, "bool")]  # gates, ids, valid
   size = rows * width * a
@@ -236,10 +242,11 @@ def _moe(d: Local, stack: str, entry: str) -> list[Node]:
     Node("choice", ("router",), ("router",), moves=sum((d.gather(n, dtype) for n, dtype in small), ()),
          back=d.reduce(s.A, "mlp", "float32"), vector=6 * own * s.E_pad * 4, vector_back=6 * own * s.E_pad * 4),
     Node("mlp_in", (entry,), size=whole, moves=d.gather(s.D), back=d.reduce(s.D, "mlp")),
-    Node("rows", ("mlp_in", "choice"), ("choice",), rows * s.D * a, moves=there(s.D, choices),
-         back=there(s.D, room), vector=0 if dense else 2 * choices * s.D * a,
+    Node("rows", ("mlp_in", "choice"), ("choice",), rows * s.D * a, moves=there(s.D, choices, "all-gather"),
+         back=there(s.D, room, "reduce-scatter"), vector=0 if dense else 2 * choices * s.D * a,
          vector_back=0 if dense else 3 * choices * s.D * a),
-    Node("row_gates", ("choice",), ("choice",), rows * 4, moves=there(1, choices), back=there(1, room)),
+    Node("row_gates", ("choice",), ("choice",), rows * 4, moves=there(1, choices, "all-gather"),
+         back=there(1, room, "reduce-scatter")),
   ]  # fmt: skip
   names = ("gate", "up") if s.m.gated else ("up",)
   for name in names:
@@ -247,7 +254,8 @@ def _moe(d: Local, stack: str, entry: str) -> list[Node]:
   nodes += [
     Node("hidden", (*names, "row_gates"), (*names, "row_gates"), size, vector=3 * size, vector_back=6 * size),
     Node("experts_out", ("hidden",), ("hidden",), rows * s.D * a, (product(width, s.D),), (at + "down",)),
-    Node("combined", ("experts_out", "choice"), ("choice",), whole, moves=there(s.D, room), back=there(s.D, choices),
+    Node("combined", ("experts_out", "choice"), ("choice",), whole, moves=there(s.D, room, "reduce-scatter"),
+         back=there(s.D, choices, "all-gather"),
          vector=0 if dense else 2 * choices * s.D * a, vector_back=0 if dense else 2 * choices * s.D * a),
   ]  # fmt: skip
   ins = ("combined",)
