@@ -101,7 +101,7 @@ def mfu_full_mask(model: ModelFlops, length: int, tokens_per_second: float, peak
   return flops_per_token(model, length, causal=False) * tokens_per_second / peak
 
 
-def jaxpr_flops(jaxpr: Any, notes: list[str] | None = None) -> float:
+def jaxpr_flops(jaxpr: Any, notes: list[str] | None = None, kernels: bool = True) -> float:
   """Matmul FLOPs (dot, ragged dot, convolution) that a program executes, over all devices, recomputation included.
 
   A scan counts its length, a cond its dearest branch, a shard_map every device of its manual axes. The program is
@@ -111,21 +111,24 @@ def jaxpr_flops(jaxpr: Any, notes: list[str] | None = None) -> float:
     jaxpr: of `jax.make_jaxpr`, or of `jitted.trace(...).jaxpr`.
     notes: is given a line for each thing that could not be counted exactly: a while loop (its body counts once), a
       Pallas kernel without cost estimate (counts 0).
+    kernels: whether Pallas kernels count, as their cost estimates say.
   """
   notes = [] if notes is None else notes
-  return math.fsum(_equation_flops(eqn, notes) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+  return math.fsum(_equation_flops(eqn, notes, kernels) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
-def _equation_flops(eqn: Any, notes: list[str]) -> float:
+def _equation_flops(eqn: Any, notes: list[str], kernels: bool) -> float:
   name, params = eqn.primitive.name, eqn.params
   if name in _MATMULS:
     return _MATMULS[name](eqn)
   if name == "pallas_call":
+    if not kernels:
+      return 0.0
     if params["cost_estimate"] is None:
       notes.append(f"the Pallas kernel {params['name']} has no cost estimate: counted as 0")
       return 0.0
     return float(params["cost_estimate"].flops)
-  inner = [jaxpr_flops(jaxpr, notes) for jaxpr in inner_jaxprs(params.values())]
+  inner = [jaxpr_flops(jaxpr, notes, kernels) for jaxpr in inner_jaxprs(params.values())]
   if name == "scan":
     return params["length"] * sum(inner)
   if name == "cond":

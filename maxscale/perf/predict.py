@@ -50,15 +50,12 @@ class Prediction:
 def executed(jaxpr: Any, devices: int, timeline: simulate.Timeline) -> float:
   """Matmul FLOPs of a device in a step, recomputation included.
 
-  JAX's attention kernels ("splash") have no cost estimate: theirs are those of the timeline, as far as the mask leaves
-  them.
+  Those of kernels are the timeline's: JAX's attention has no cost estimate, and that of experts' kernels has all rows
+  that there is room for.
   """
-  notes: list[str] = []
-  counted = flops.jaxpr_flops(jaxpr, notes) / devices
-  if not any("splash" in note for note in notes):
-    return counted
-  return counted + math.fsum(span.what.useful * times for span, times in simulate.flat(timeline.spans)
-                             if isinstance(span.what, trace.Work) and span.what.kind == "attention")  # fmt: skip
+  return flops.jaxpr_flops(jaxpr, kernels=False) / devices + math.fsum(
+    span.what.useful * times for span, times in simulate.flat(timeline.spans) if isinstance(span.what, trace.Work)
+  )
 
 
 def events_of(compiled: aot.Compiled) -> trace.Trace:
