@@ -229,14 +229,17 @@ class _Reader:
       return self._permutation(c, axes, part)
     places = self.places[np.array(c.groups[0] if c.groups else (0,))]
     counts = [len(np.unique(places[:, d])) for d in range(4)]
-    dims = tuple((n, self._closed(d) and n == self.extent[d]) for d, n in enumerate(counts[:3]) if n > 1)
-    share = 1.0 if counts[3] == self.cores else 1 / self.cores
+    apart = [int(np.diff(np.unique(places[:, d])).min(initial=self.extent[d])) for d in range(3)]  # chips, to the next
+    dims = tuple((n, self._closed(d) and n * apart[d] == self.extent[d]) for d, n in enumerate(counts[:3]) if n > 1)
+    # Groups that lie between each other's chips share the links of that dimension.
+    share = np.mean([1 / apart[d] for d in range(3) if counts[d] > 1]) if dims else 1.0
+    share *= 1.0 if counts[3] == self.cores else 1 / self.cores
     if c.kind == "ragged-all-to-all":
       # Its buffer has room for more rows than come on one of its sides: balanced, it sends the smaller.
       size = float(min([size, *(_bytes(d, n) for d, n, _ in _ARRAY.findall(i.type) if "," in n)]))
     if c.kind.endswith("all-to-all"):
       size *= counts[3]  # both devices of a chip send over its links
-    return Move(c.kind, size, dims, share, axes=axes, part=part)
+    return Move(c.kind, size, dims, float(share), axes=axes, part=part)
 
   def _permutation(self, c: collectives.Collective, axes: str, part: str) -> Move:
     source, target = (self.places[np.array(side)][:, :3] for side in zip(*c.pairs))

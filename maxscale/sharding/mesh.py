@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -109,14 +110,13 @@ def count_slices(devices: Sequence[Any], mesh: Mesh) -> int:
   return mesh.slices or found
 
 
-def make(shape: MeshShape, devices: Sequence[Any]) -> Any:
+def make(shape: MeshShape, devices: Sequence[Any], boxed: str = "") -> Any:
   """A `jax.sharding.Mesh` with Auto axes over the devices, DCN outermost in every axis.
 
-  On TPU the devices of a slice follow the physical torus (jax.experimental.mesh_utils); elsewhere their own order.
+  On TPU the devices of a slice follow the physical torus (`place`); elsewhere their own order.
   """
   import jax
   import numpy as np
-  from jax.experimental import mesh_utils
 
   slices = math.prod(shape.dcn)
   per_slice = [list(devices[i * len(devices) // slices : (i + 1) * len(devices) // slices]) for i in range(slices)]
@@ -126,7 +126,7 @@ def make(shape: MeshShape, devices: Sequence[Any]) -> Any:
       for d in devices:
         by_slice.setdefault(d.slice_index, []).append(d)
       per_slice = [by_slice[s] for s in sorted(by_slice)]
-    blocks = [mesh_utils.create_device_mesh(shape.ici, s, allow_split_physical_axes=True) for s in per_slice]
+    blocks = [place(shape.ici, s, boxed) for s in per_slice]
   else:
     blocks = [np.asarray(s).reshape(shape.ici) for s in per_slice]
   grid = np.stack(blocks).reshape(shape.dcn + shape.ici)
@@ -136,7 +136,63 @@ def make(shape: MeshShape, devices: Sequence[Any]) -> Any:
   return jax.sharding.Mesh(grid, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * n)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What `mesh_utils` asks of a device, for one that is not here."""
+
+  coords: tuple[int, int, int]
+  core_on_chip: int
+  device_kind: str
+  id: int = 0
+  platform: str = "tpu"
+  process_index: int = 0
+  slice_index: int = 0
+
+
+def place(ici: Sequence[int], devices: Sequence[Any], boxed: str = "") -> Any:
+  """The TPU devices of a slice as an array [*ici], along the physical torus (jax.experimental.mesh_utils).
+
+  Args:
+    boxed: an axis whose groups are boxes of the torus instead, as near to a cube as they can be: a gather or scatter
+      then has links in all of their dimensions, where a line that does not close has those of one. Other axes go from
+      box to box.
+  """
+  import numpy as np
+  from jax.experimental import mesh_utils
+
+  along = lambda ici, devices: mesh_utils.create_device_mesh(ici, devices, allow_split_physical_axes=True)  # noqa: E731
+  axis = MESH_AXES.index(boxed) if boxed else 0
+  kind, size = devices[0].device_kind, ici[axis]
+  at = {(*d.coords, d.core_on_chip): d for d in devices}
+  extent = [max(c[dim] for c in at) + 1 for dim in range(4)]
+  box = _box(size, extent) if boxed and len(at) == math.prod(extent) else None
+  if box is None:
+    return along(ici, devices)
+  inside = list(np.ndindex(*box))
+  boxes = [Chip((x, y, z), core, kind) for z in range(extent[2] // box[2]) for y in range(extent[1] // box[1])
+           for x in range(extent[0] // box[0]) for core in range(extent[3] // box[3])]  # fmt: skip
+  out = np.empty(ici, dtype=object)
+  placed: Any = along([n for dim, n in enumerate(ici) if dim != axis], boxes)
+  for where in np.ndindex(*placed.shape):
+    first = (*placed[where].coords, placed[where].core_on_chip)
+    for n, step in enumerate(inside):
+      out[(*where[:axis], n, *where[axis:])] = at[tuple(f * b + s for f, b, s in zip(first, box, step))]
+  return out
+
+
+def _box(size: int, extent: Sequence[int]) -> tuple[int, ...] | None:
+  """The sides of a box of so many devices along x, y, z and the cores of a chip, of which it has all or one."""
+  sides = [[b for b in range(1, n + 1) if n % b == 0] for n in extent]
+  found = [b for b in itertools.product(*sides) if math.prod(b) == size and size > 1]
+  return min(found, key=lambda b: (-b[3], max(b[:3]), sum(b[:3]), b), default=None)
+
+
 def for_config(config: Config, devices: Sequence[Any]) -> tuple[MeshShape, Any]:
   """The resolved shape and the mesh of a config over the given devices."""
   shape = resolve(config.mesh, len(devices), count_slices(devices, config.mesh))
-  return shape, make(shape, devices)
+  return shape, make(shape, devices, boxed_axis(config))
+
+
+def boxed_axis(config: Config) -> str:
+  """The axis that `place` puts into boxes: experts wait for gathers of all tokens, other axes for less."""
+  return "expert" if config.model.experts and config.sharding.experts == "gather" else ""
