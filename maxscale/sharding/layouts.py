@@ -31,6 +31,7 @@ OTHERS = (
   "fsdp=8",
   "expert=8",
   "expert=4,tensor=2",
+  "expert=4,fsdp=2,sharding.experts=gather",
   "context=8,sharding.context=ring",
   "context=4,fsdp=2,sharding.context=gather",
   "context=4,data=2,sharding.context=ulysses",

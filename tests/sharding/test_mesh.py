@@ -102,3 +102,31 @@ def test_sizes_of_the_whole_mesh_cross_slices_along_data_or_pipeline():
     mesh.resolve(Mesh(fsdp=8), 8, 2)  # fsdp crosses slices only when asked
   asked = dataclasses.replace(Mesh(fsdp=4), dcn=Dcn(data=1, fsdp=2))
   assert mesh.resolve(asked, 8, 2).slices == {"fsdp": 2}
+
+
+@pytest.mark.parametrize("extent, cores, ici, box, next_fsdp", [
+  ((16, 16, 16), 1, {"fsdp": 512, "expert": 8}, (2, 2, 2, 1), 2),
+  ((4, 4, 4), 1, {"fsdp": 16, "expert": 4}, (1, 2, 2, 1), 2),
+  ((4, 4, 4), 1, {"data": 2, "fsdp": 2, "expert": 16}, (2, 2, 4, 1), 2),
+  ((4, 4, 4), 2, {"fsdp": 16, "expert": 8}, (1, 2, 2, 2), 2),
+  ((4, 4, 1), 1, {"fsdp": 4, "expert": 4}, (2, 2, 1, 1), 2),
+  ((4, 4, 1), 1, {"fsdp": 16}, (1, 1, 1, 1), 1),
+])  # fmt: skip
+def test_the_groups_of_a_boxed_axis_are_boxes(extent, cores, ici, box, next_fsdp):
+  x, y, z = extent
+  kind = "TPU7x" if cores == 2 else "TPU v5p"
+  chips = [mesh.Chip((i % x, i // x % y, i // x // y), core, kind) for i in range(x * y * z) for core in range(cores)]
+  shape = tuple(ici.get(axis, 1) for axis in MESH_AXES)
+  grid = mesh.place(shape, chips, "expert")
+  assert grid.shape == shape and len(set(grid.flat)) == len(chips)
+  at = np.array([(*d.coords, d.core_on_chip) for d in grid.flat]).reshape(*shape, 4)
+  groups = np.moveaxis(at, MESH_AXES.index("expert"), -2).reshape(-1, ici.get("expert", 1), 4)
+  assert (np.ptp(groups, axis=1) + 1 == box).all()
+  fsdp = at[0, 0, :, 0, 0, 0]
+  assert np.abs(fsdp[1] - fsdp[0]).max() == next_fsdp, "the next of another axis is in the next box"
+
+
+def test_a_line_is_no_worse_where_no_box_is_as_large():
+  chips = [mesh.Chip((i % 4, i // 4, 0), 0, "TPU v6e") for i in range(16)]
+  shape = tuple({"expert": 16}.get(axis, 1) for axis in MESH_AXES)
+  assert len(set(mesh.place(shape, chips, "expert").flat)) == 16
