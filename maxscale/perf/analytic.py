@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from maxscale.config import Config, ConfigError
-from maxscale.perf import flops, footprint, network, traffic
+from maxscale.perf import calibration, flops, footprint, network, traffic
 from maxscale.perf.hardware import CHIPS, GIB, Chip
 from maxscale.perf.local import Dot, Kernel
 from maxscale.perf.work import Part, Work
@@ -25,6 +25,7 @@ from maxscale.sharding import mesh, rules, topology
 from maxscale.step import Program
 
 EXACT = 6  # passes of bfloat16 that a product in float32 takes on a TPU
+DIES = 6  # links of ICI that are as fast as what joins the two dies of a TPU7x (Google Cloud TPU documentation: TPU7x)
 TOPOLOGIES = {
   "v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e", "tpu7x": "TPU7x", "tpu8t": "TPU8t",
   **{chip.name.lower(): chip.name for chip in CHIPS if not chip.torus},
@@ -41,23 +42,29 @@ class Efficiency:
     hidden: part of a product's shorter time (matrix unit or HBM) that its longer one hides. With `launch`, from TPU7x
       measured at 1024, 2048 and 16k (350, 679 and 956 of 1153.5 TFLOP/s a core) and v6e at 8192 (754 of 918).
     launch: seconds of any operation beside its work.
-    attention: of peak, of attention kernels, on whole blocks and padded heads; 0.55 is what schedules are charged.
-    experts: of peak, of grouped products on whole tiles; assumed 0.75.
+    attention, experts: of peak, of attention kernels and of grouped products on whole blocks and tiles. None: the rates
+      of the calibration (perf/calibration.py); 0.55 and 0.75 of a chip that is no TPU.
     stream: of HBM bandwidth, where no copy was measured.
     vector: of that, of elementwise passes: v6e norms and stacks of kept values ran at about half in schedules.
     overlap: part of a layer's compute behind which gathers and scatters of its weights hide. Schedules hid all of them
       once the SparseCores, or fusions on v5e, carry them (perf/compiler.py); TPU v4 has neither.
+    piped: part of the gathers and scatters of weights that hides in a pipeline, where no layer's gather starts before the
+      one in front of it ends: 0.17 in a schedule.
+    beside: part of the gathers and scatters of activations (not of exchanges between experts) that hides in backward,
+      behind products for weights: 0.69 in a schedule. In forward everything waits for them.
     reserved: bytes of a device's HBM that programs may not use: programs were refused beyond 31.25 of 32 GiB on v6e.
   """
 
   matmul: float = 0.9
   hidden: float = 0.6
   launch: float = 2e-6
-  attention: float = 0.55
-  experts: float = 0.75
+  attention: float | None = None
+  experts: float | None = None
   stream: float = 0.85
   vector: float = 0.5
   overlap: float = 0.95
+  piped: float = 0.2
+  beside: float = 0.65
   reserved: float = 0.75 * GIB
 
 
@@ -137,59 +144,53 @@ def _one(shape: mesh.MeshShape) -> dict[str, int]:
 # ---- seconds of parts
 
 
-@dataclasses.dataclass(frozen=True)
-class _Device:
-  """What `mesh_utils` asks of a device of a slice."""
-
-  id: int
-  coords: tuple[int, int, int]
-  core_on_chip: int
-  device_kind: str
-  platform: str = "tpu"
-  process_index: int = 0
-  slice_index: int = 0
-
-
 @functools.cache
-def _grid(kind: str, chips: tuple[int, ...], cores: int, ici: tuple[int, ...]) -> np.ndarray:
+def _grid(kind: str, chips: tuple[int, ...], cores: int, ici: tuple[int, ...], boxed: str) -> np.ndarray:
   """[*ici, 4]: x, y, z and core of each device of a slice, as `mesh.make` would place them."""
-  from jax.experimental import mesh_utils
-
   dims = (*chips, 1, 1)[:3]
-  coords = [(x, y, z) for z in range(dims[2]) for y in range(dims[1]) for x in range(dims[0])]
-  devices = [_Device(i * cores + core, at, core, kind) for i, at in enumerate(coords) for core in range(cores)]
-  placed = mesh_utils.create_device_mesh(ici, devices, allow_split_physical_axes=True)
+  at = [(x, y, z) for z in range(dims[2]) for y in range(dims[1]) for x in range(dims[0])]
+  devices = [mesh.Chip(c, core, kind, i * cores + core) for i, c in enumerate(at) for core in range(cores)]
+  placed = mesh.place(ici, devices, boxed)
   return np.array([(*d.coords, d.core_on_chip) for d in placed.flat]).reshape(*ici, 4)
 
 
 @functools.cache
-def _box(chip: Chip, chips: tuple[int, ...], ici: tuple[int, ...], axes: tuple[int, ...]) -> tuple[network.Dims, float]:
+def _box(
+  chip: Chip, chips: tuple[int, ...], ici: tuple[int, ...], axes: tuple[int, ...], boxed: str = ""
+) -> tuple[network.Dims, float]:
   """The box of the torus that devices along some axes of a mesh fill, and how many such groups share its links."""
-  grid = _grid(chip.kinds[0], chips, chip.devices, ici)
+  grid = _grid(chip.kinds[0], chips, chip.devices, ici, boxed)
   group = np.moveaxis(grid, axes, range(len(axes)))
   group = group.reshape(math.prod(ici[a] for a in axes), -1, 4)[:, 0]
   wrap = (*topology.wraps(chip.kinds[0], chips), False, False)
-  dims, shared, count = [], 1, 1
+  dims, shares, count = [], [], 1
   for dim in range(3):
     at = np.unique(group[:, dim])
     if len(at) > 1:
       stride = int(np.diff(at).min())
       dims.append((len(at), bool(wrap[dim] and len(at) * stride == chips[dim])))
-      shared, count = max(shared, stride), count * len(at)
+      shares.append(1 / stride)  # groups lie between each other's chips
+      count *= len(at)
   cores = len(np.unique(group[:, 3]))
   if count * cores != len(group):  # no box: a line through its devices
     dims = [(len(group) // cores, False)]
-  return tuple(dims), shared * chip.devices / cores
+  return tuple(dims), chip.devices / cores / (sum(shares) / len(shares) if shares else 1.0)
 
 
 class Clock:
   """Seconds of parts on a chip, in a mesh."""
 
-  def __init__(self, chip: Chip, chips: tuple[int, ...], shape: mesh.MeshShape, made: rules.Rules, e: Efficiency):
-    self.chip, self.chips, self.shape, self.rules, self.e = chip, chips, shape, made, e
+  def __init__(
+    self, chip: Chip, chips: tuple[int, ...], shape: mesh.MeshShape, made: rules.Rules, e: Efficiency, boxed: str = ""
+  ):
+    """boxed: as in `mesh.place`."""
+    self.chip, self.chips, self.shape, self.rules, self.e, self.boxed = chip, chips, shape, made, e, boxed
     self.peak = chip.bf16 / chip.devices
     self.hbm = chip.hbm_bytes / chip.devices * (chip.stream or e.stream)
     self.overlap = 0.0 if chip.name == "TPU v4" else e.overlap
+    rates = calibration.rates(chip) if chip.torus else None
+    self.attention = e.attention or (rates.attention if rates else 0.55)
+    self.experts = e.experts or (rates.grouped if rates else 0.75)
     self.moved: dict[tuple, float] = {}
     self.dots: dict[Dot, float] = {}
 
@@ -200,7 +201,7 @@ class Clock:
     m, k, n = pad(d.m, 8), pad(d.k, tile), pad(d.n, tile)
     rate = self.peak * (self.chip.matmul or self.e.matmul)
     if d.groups:
-      rows, rate = max(d.m, d.k) if min(d.m, d.k) else d.m, self.peak * self.e.experts
+      rows, rate = max(d.m, d.k) if min(d.m, d.k) else d.m, self.peak * self.experts
       waste = 1 + d.groups * tile / rows  # a tile of rows for each group is partly another's
       work, weights = 2 * m * k * n * waste, d.groups
     else:
@@ -211,9 +212,7 @@ class Clock:
     return times[1] + (1 - self.e.hidden) * times[0] + self.e.launch
 
   def kernel(self, k: Kernel) -> float:
-    pad = lambda n: math.ceil(n / self.chip.tile) * self.chip.tile  # noqa: E731
-    work = 2 * k.heads * k.pairs * (k.score * pad(k.qk) + k.mix * pad(k.v))
-    return work / (self.peak * self.e.attention) + self.e.launch
+    return k.flops / (self.peak * self.attention) + self.e.launch
 
   def transfer(self, t: traffic.Transfer) -> float:
     """Seconds of one execution."""
@@ -230,7 +229,9 @@ class Clock:
     if not at:
       return 0.0
     if self.chip.torus:
-      dims, shared = _box(self.chip, self.chips, self.shape.ici, at)
+      dims, shared = _box(self.chip, self.chips, self.shape.ici, at, self.boxed)
+      if not dims:  # the devices of a chip
+        return network.seconds(t.kind, t.bytes, self.chip, ((self.chip.devices, False),), DIES)
       return network.seconds(t.kind, t.bytes, self.chip, dims, 1 / shared)
     size = math.prod(self.shape.ici[i] for i in at)
     places = np.arange(math.prod(self.shape.ici)).reshape(self.shape.ici)
@@ -248,18 +249,28 @@ class Clock:
     out["attention"] = sum(map(self.kernel, p.kernels))
     out["vector"] = p.vector / (self.hbm * self.e.vector)
     compute = sum(out.values())
-    for group, room in (("weights", self.overlap * compute), ("ring", out["attention"]), ("moves", 0.0)):
+    piped = self.e.piped if self.rules.sizes["pipeline"] > 1 else 1.0
+    beside = self.e.beside if "backward" in p.name else 0.0
+    # behind how many seconds of work each hides, and which part of it does at most
+    rooms = {
+      "weights": (self.overlap * compute, piped),
+      "ring": (out["attention"], 1.0),
+      "moves": (0.3 * compute, beside),
+    }
+    for group, (room, most) in rooms.items():
       links: dict[str, float] = collections.defaultdict(float)
       for whole in getattr(p, group):
         for t in traffic.by_slices([whole], self.rules) if self.rules.slices else (whole,):
           name, taken = "*".join(t.axes), t.times * self.transfer(t)
           if t.dcn:  # nothing was seen to hide it
             out[f"dcn {name}"] += taken
+          elif group == "moves" and t.kind not in ("all-gather", "reduce-scatter"):
+            out[f"ici {name}"] += taken
           else:
             links[f"ici {name}"] += taken
       total = sum(links.values())
       for name, taken in links.items():
-        out[name] += taken * max(0.0, 1 - room / total) if total else 0.0
+        out[name] += taken * max(1 - most, 1 - room / total) if total else 0.0
     if p.offload:
       out["offload"] = max(0.0, p.offload / (self.chip.host_bytes or 16e9) * self.chip.devices - compute)
     return {name: p.times * s for name, s in out.items() if s}
@@ -278,7 +289,7 @@ def estimate(
   """
   step, shape = program(config, chip, chips, slices)
   work = Work(step, "tpu" if chip.torus else "xla")
-  return of(work, Clock(chip, chips, shape, step.rules, efficiency))
+  return of(work, Clock(chip, chips, shape, step.rules, efficiency, mesh.boxed_axis(config)))
 
 
 def of(work: Work, clock: Clock) -> Estimate:

@@ -27,7 +27,8 @@ def memory(work: Work) -> dict[str, float]:
   for stack, *_ in work.kinds:
     whole = [_gathered(d, path) for path in _layer_paths(d, stack)]
     gathered = max(gathered, d.a * sum(whole) + 2 * d.g * max(whole))
-  buffers = max(layer[3] for layer in work.layers.values())
+  # Of what is offloaded some layers' values are on their way: 3 to 4 in schedules for v6e.
+  buffers = max(layer[3] + 3 * layer[1].offload for layer in work.layers.values())
   size = loss._chunk_size(int(d.b * d.t), int(d.V_l), d.config.loss.chunk)
   head = 2 * size * d.V_l * 4 + table * (d.a + 4) + 2 * d.b * d.t * s.D * d.a
   # The gradients of the layers of a microbatch come beside those that are added up, and not before its backward.

@@ -184,12 +184,13 @@ def _kernels(d: Local, window: int, parts: int, method: str) -> tuple[Kernel, Ke
   row = d.b * heads * s.H * d.a
   partial = 2 * row * t * (keys // block_kv) if fused else 0.0  # of dq, one for each block of keys, then summed
   extra = (0.0, partial)
-  if method == "ring":  # each step's results are added up in float32
+  if method == "ring":
     steps, half = parts - 1, t // 2
     pairs += steps * t * t / 2
-    sums = 3 * 4 * d.b * t * (d.N_l * s.H_v), 3 * 4 * d.b * t * (d.N_l * s.H + d.K_l * (s.H + s.H_v))
+    out, gradients = 4 * d.b * t * d.N_l * s.H_v, 4 * d.b * t * (d.N_l * s.H + d.K_l * (s.H + s.H_v))
     rest = 2 * row * half * 2 * max(1, half // block_kv)
-    extra = (steps * sums[0], partial + steps * (sums[1] + rest))
+    # float32 results are cut in halves and put together again, and each step adds two of its own (models/ring.py)
+    extra = ((4.5 + 5 * steps) * out, partial + (6 + 4 * steps) * gradients + steps * rest)
   return make(pairs, 1, 1), make(pairs, 3, 2) if fused else make(pairs, 4, 3), extra
 
 
@@ -227,13 +228,16 @@ def _moe(d: Local, stack: str, entry: str) -> list[Node]:
   worked = tokens * s.E_pad if dense else choices  # rows of products: those that were chosen, however large the room
   rows = worked if dense else room
 
-  def there(n: int, rows: int, kind: str) -> Any:
-    """To the experts' devices or back: rows of n numbers, or all tokens of all of them."""
+  def there(n: int, kind: str) -> Any:
+    """To the experts' devices or back: n numbers of each choice, however large the room, or of all tokens of all."""
     if s.exchange:
-      return d.move("ragged-all-to-all", axes, rows * n, "" if n > 1 else "float32")
+      return d.move("ragged-all-to-all", axes, choices * n, "" if n > 1 else "float32")
     return d.move(kind, axes, parts * tokens * (n if n > 1 else s.A), "" if n > 1 else "float32")
 
   product = lambda k, n: d.dot(worked, k, n, groups)  # noqa: E731
+  everyone = 0.0 if s.exchange else parts * whole  # tokens that are gathered
+  # In sums over a token's choices each device looks for all of them, those of other devices' experts too.
+  sums = 0 if dense else 2 * choices * s.D * a if s.exchange else parts * (choices + tokens) * s.D * a
   small = [(s.A, "float32"), (s.A, "int32"), (1, "bool")]  # gates, ids, valid
   size = rows * width * a
   nodes = [
@@ -242,21 +246,21 @@ def _moe(d: Local, stack: str, entry: str) -> list[Node]:
     Node("choice", ("router",), ("router",), moves=sum((d.gather(n, dtype) for n, dtype in small), ()),
          back=d.reduce(s.A, "mlp", "float32"), vector=6 * own * s.E_pad * 4, vector_back=6 * own * s.E_pad * 4),
     Node("mlp_in", (entry,), size=whole, moves=d.gather(s.D), back=d.reduce(s.D, "mlp")),
-    Node("rows", ("mlp_in", "choice"), ("choice",), rows * s.D * a, moves=there(s.D, choices, "all-gather"),
-         back=there(s.D, room, "reduce-scatter"), vector=0 if dense else 2 * choices * s.D * a,
-         vector_back=0 if dense else 3 * choices * s.D * a),
-    Node("row_gates", ("choice",), ("choice",), rows * 4, moves=there(1, choices, "all-gather"),
-         back=there(1, room, "reduce-scatter")),
+    Node("rows", ("mlp_in", "choice"), ("choice",), rows * s.D * a + everyone, moves=there(s.D, "all-gather"),
+         back=there(s.D, "reduce-scatter"), vector=0 if dense else 2 * choices * s.D * a, vector_back=1.5 * sums),
+    Node("row_gates", ("choice",), ("choice",), rows * 4, moves=there(1, "all-gather"),
+         back=there(1, "reduce-scatter")),
   ]  # fmt: skip
   names = ("gate", "up") if s.m.gated else ("up",)
+  passes = 0 if d.backend == "tpu" and not dense and not s.m.quantize else size  # between products: kernels do them
   for name in names:
-    nodes.append(Node(name, ("rows",), ("rows",), size, (product(s.D, width),), (at + name,), vector=2 * size))
+    nodes.append(Node(name, ("rows",), ("rows",), size, (product(s.D, width),), (at + name,), vector=2 * passes))
   nodes += [
-    Node("hidden", (*names, "row_gates"), (*names, "row_gates"), size, vector=3 * size, vector_back=6 * size),
+    Node("hidden", (*names, "row_gates"), (*names, "row_gates"), size, vector=3 * passes, vector_back=6 * passes),
     Node("experts_out", ("hidden",), ("hidden",), rows * s.D * a, (product(width, s.D),), (at + "down",)),
-    Node("combined", ("experts_out", "choice"), ("choice",), whole, moves=there(s.D, room, "reduce-scatter"),
-         back=there(s.D, choices, "all-gather"),
-         vector=0 if dense else 2 * choices * s.D * a, vector_back=0 if dense else 2 * choices * s.D * a),
+    Node("combined", ("experts_out", "choice"), ("choice",), whole, moves=there(s.D, "reduce-scatter"),
+         back=there(s.D, "all-gather"),
+         vector=sums, vector_back=0 if dense else 2 * choices * s.D * a),
   ]  # fmt: skip
   ins = ("combined",)
   if s.m.moe.shared:

@@ -30,6 +30,7 @@ from maxscale.perf.hardware import GIB, Chip
 from maxscale.perf.plans import Plan
 from maxscale.perf.work import Work
 from maxscale.sharding import layouts
+from maxscale.sharding.mesh import boxed_axis
 
 Options = dict[str, Any]  # path -> value
 Flags = dict[str, str]  # as run.flags
@@ -74,7 +75,9 @@ class Candidate:
   def name(self) -> str:
     """Its options in a line, without those that say nothing."""
     plain = {path: v for path, v in self.options.items() if path.startswith("mesh.") and v != 1}
-    plain |= {path: v for path, v in self.options.items() if path.startswith("sharding.") and v not in (1, "ring")}
+    plain |= {
+      path: v for path, v in self.options.items() if path.startswith("sharding.") and v not in (1, "ring", "exchange")
+    }
     return f"{layouts.name(plain)}; remat {self.policy}"
 
   @property
@@ -166,13 +169,14 @@ def _factors(n: int, most: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 
 def schedules(config: Config, options: Options) -> Iterator[Options]:
-  """Microbatches, and chunks of a pipeline's stages, for a mesh."""
+  """Microbatches, chunks of a pipeline's stages, and how tokens reach split experts, for a mesh."""
   size = lambda axis: options[f"mesh.{axis}"] * options[f"mesh.dcn.{axis}"]  # noqa: E731
   rows = config.data.batch_size // (size("data") * size("fsdp") * size("expert"))
   stages = size("pipeline")
   counts = [m for m in range(1, min(rows, 64) + 1) if rows % m == 0 and m % stages == 0 and m & (m - 1) == 0]
   for repeats in (1, 2, 4) if stages > 1 else (1,):
-    yield from ({"sharding.microbatches": m, "sharding.repeats": repeats} for m in counts)
+    for ways in ({"sharding.experts": way} for way in ("exchange", "gather")) if size("expert") > 1 else ({},):
+      yield from ({"sharding.microbatches": m, "sharding.repeats": repeats, **ways} for m in counts)
 
 
 def policies(config: Config) -> list[Options]:
@@ -205,7 +209,7 @@ class Ranking:
     except ConfigError:
       return None
     work = Work(step, "tpu" if self.chip.torus else "xla")
-    clock = analytic.Clock(self.chip, self.chips, shape, step.rules, self.efficiency)
+    clock = analytic.Clock(self.chip, self.chips, shape, step.rules, self.efficiency, boxed_axis(config))
     out = Candidate(options, analytic.of(work, clock))
     self.works[out.name] = work, clock
     return out
@@ -215,7 +219,8 @@ class Ranking:
     full = {"remat.policy": "full", "remat.table": {}}
     found: list[Candidate] = []
     for mesh in meshes(self.config, self.devices, self.slices):
-      for _, group in itertools.groupby(schedules(self.config, mesh), lambda s: s["sharding.repeats"]):
+      same = lambda s: (s["sharding.repeats"], s.get("sharding.experts"))  # noqa: E731
+      for _, group in itertools.groupby(schedules(self.config, mesh), same):
         first = self.look({**mesh, **next(group), **full})
         if first:  # what is refused does not depend on the number of microbatches
           found += [first, *filter(None, (self.look({**mesh, **s, **full}, checked=True) for s in group))]

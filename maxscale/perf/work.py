@@ -227,12 +227,13 @@ def _head(d: Local, tokens: float) -> Part:
   path = "embedding" if s.m.tied_embeddings else "head"
   size = loss._chunk_size(int(tokens), int(d.V_l), d.config.loss.chunk)
   chunks = int(tokens) // size
+  # The gradient of the matrix is read and written by the product that adds to it.
   dots = [Dot(size, s.D, d.V_l, 0, d.exact, 4), Dot(size, d.V_l, s.D, 0, d.exact, d.a),
-          Dot(d.V_l, size, s.D, 0, d.exact, 4)]  # fmt: skip
+          Dot(d.V_l, size, s.D, 0, d.exact, 8 if chunks > 1 else 4)]  # fmt: skip
   vocab = d.split("vocab", "compute")
   moves = d.gather(s.D) + d.reduce(s.D, "vocab")
   moves += 3 * d.move("all-reduce", vocab, tokens, "float32")  # maximum, sum, and logit of the target
-  vector = 4 * tokens * d.V_l * 4 + (chunks > 1) * chunks * 3 * d.V_l * s.D * d.g
+  vector = 1.5 * tokens * d.V_l * 4  # the rest is done by the products' own passes over the logits
   norm = 6 * d.b * d.r * s.D * d.a
   return Part("head", dots=dots * chunks, weights=d.weight_gathers(path) + d.weight_scatters(path), moves=list(moves),
               vector=vector + norm)  # fmt: skip

@@ -16,9 +16,9 @@ import pytest
 from jax.interpreters import partial_eval
 
 from maxscale import config as config_lib
-from maxscale.perf import analytic, aot, flops, hardware, layer, network, traffic
-from maxscale.perf.local import Local
-from maxscale.perf.work import Work
+from maxscale.perf import analytic, aot, calibration, flops, hardware, layer, network, traffic
+from maxscale.perf.local import Dot, Kernel, Local
+from maxscale.perf.work import Part, Work
 from maxscale.sharding import audit
 from tests import multidevice
 from tests.models import reference as ref
@@ -46,6 +46,7 @@ LAYOUTS = {
                                 "sharding.repeats": 2}),
   "experts, tensor": ("v5p:2x2x2", 1, {**MOE, "mesh.expert": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
                                        "model.moe.shared": 256, "remat.policy": "projections"}),
+  "experts, gathered": ("v5p:2x2x2", 1, {**MOE, "mesh.expert": 4, "mesh.fsdp": 2, "sharding.experts": "gather"}),
   "dense layers, mtp": ("v5p:2x2x2", 1, {**MOE, "mesh.fsdp": 8, "model.moe.dense_layers": 1,
                                          "model.moe.dense_mlp": 1024, "model.layers": 5, "model.mtp": 1}),
   "latent": ("v5p:2x2x2", 1, {**BASE, "mesh.fsdp": 4, "mesh.tensor": 2, "model.kv_heads": 0, "model.mla": LATENT,
@@ -67,11 +68,11 @@ def work(topology, slices, options, backend="tpu"):
 def live(jaxpr):
   """Without what nobody uses, also inside of loops and checkpoints, as XLA would have it."""
   jaxpr = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
-  used = {id(v) for v in [*jaxpr.outvars, *(v for e in jaxpr.eqns for v in e.invars)]}
-  eqns = []
-  for e in jaxpr.eqns:
+  used, eqns = {id(v) for v in jaxpr.outvars}, []
+  for e in reversed(jaxpr.eqns):
     if e.primitive.name == "pallas_call" and not any(id(v) in used for v in e.outvars):
       continue  # JAX leaves dead kernels to XLA
+    used |= {id(v) for v in e.invars}
     if e.primitive.name == "remat2":
       e = e.replace(params={**e.params, "jaxpr": live(e.params["jaxpr"])})
     elif e.primitive.name in ("scan", "shard_map"):
@@ -79,7 +80,7 @@ def live(jaxpr):
       body = live(getattr(inner, "jaxpr", inner))
       e = e.replace(params={**e.params, "jaxpr": inner.replace(jaxpr=body) if hasattr(inner, "jaxpr") else body})
     eqns.append(e)
-  return jaxpr.replace(eqns=eqns)
+  return jaxpr.replace(eqns=eqns[::-1])
 
 
 def traced(topology, slices, options):
@@ -225,6 +226,51 @@ def test_gather_of_a_layer_by_hand():
 def test_where_an_axis_lies(chip, chips, ici, axis, dims, share):
   chip = next(c for c in hardware.CHIPS if c.name == chip)
   assert analytic._box(chip, chips, ici, (axis,)) == (dims, share)
+
+
+def test_dies_of_a_chip_exchange_over_their_own_link():
+  """The two devices of a TPU7x chip: six times as fast as a link of 89 GB/s, of which each sends and gets a half."""
+  config = config_lib.load("configs/llama3_8b.py", [("mesh.topology", "tpu7x:4x4x4"), ("mesh.tensor", "2")])
+  chip, chips = analytic.parse("tpu7x:4x4x4")
+  step, shape = analytic.program(config, chip, chips)
+  clock = analytic.Clock(chip, chips, shape, step.rules, analytic.DEFAULT)
+  sent = traffic.Transfer("all-gather", ("tensor",), "bfloat16", 2**30, 1, 0)
+  assert clock.transfer(sent) == pytest.approx(2**29 / (6 * 89e9), rel=1e-3)
+
+
+def test_attention_takes_what_the_calibration_says():
+  """FLOPs of the blocks that are computed by the rate of kernels that compiled steps are charged with."""
+  config = config_lib.load("configs/llama3_8b.py", [("mesh.topology", "v5p:4x4x4")])
+  step, shape = analytic.program(config, V5P, (4, 4, 4))
+  clock = analytic.Clock(V5P, (4, 4, 4), shape, step.rules, analytic.DEFAULT)
+  kernel = Kernel(heads=32, pairs=1e8, qk=128, v=128, score=1, mix=1)
+  expected = 4 * 32 * 1e8 * 128 / (459e12 * calibration.rates(V5P).attention)
+  assert clock.kernel(kernel) == pytest.approx(expected, rel=0.001)
+  assert analytic.Clock(V5P, (4, 4, 4), shape, step.rules, analytic.Efficiency(attention=0.5)).attention == 0.5
+  h100 = next(c for c in hardware.CHIPS if c.name == "H100")  # which has no rates
+  assert analytic.Clock(h100, (64,), shape, step.rules, analytic.DEFAULT).attention == 0.55
+
+
+def test_what_hides_in_backward_and_in_a_pipeline():
+  config = config_lib.load("configs/llama3_8b.py", [("mesh.topology", "v5p:4x4x4"), ("mesh.tensor", "4")])
+  step, shape = analytic.program(config, V5P, (4, 4, 4))
+
+  def exposed(sizes: dict[str, int] | None = None, name: str = "layers forward", **efficiency: float) -> float:
+    made = dataclasses.replace(step.rules, sizes={**step.rules.sizes, **(sizes or {})})
+    clock = analytic.Clock(V5P, (4, 4, 4), shape, made, analytic.Efficiency(**efficiency))
+    return clock.part(dataclasses.replace(Work(step, "tpu").layers["layers", 0, True][0], name=name))["ici tensor"]
+
+  sent = exposed()  # of activations, all of it, whatever a pipeline does
+  assert sent == exposed({"pipeline": 2}) > 0
+  assert exposed(name="layers backward") == pytest.approx(0.35 * sent)
+  assert exposed(name="layers backward", beside=0) == sent
+  weights = Part("p", dots=[Dot(8192, 8192, 8192)] * 8, weights=[
+    traffic.Transfer("all-gather", ("fsdp",), "bfloat16", 2**20, 1, 0)])  # fmt: skip
+  plain = analytic.Clock(V5P, (4, 4, 4), shape, step.rules, analytic.DEFAULT)
+  piped = dataclasses.replace(step.rules, sizes={**step.rules.sizes, "pipeline": 2})
+  piped = analytic.Clock(V5P, (4, 4, 4), shape, piped, analytic.DEFAULT)
+  assert "ici fsdp" not in plain.part(weights)
+  assert piped.part(weights)["ici fsdp"] == pytest.approx(0.8 * plain.transfer(weights.weights[0]))
 
 
 def seconds(topology="v5p:4x4x4", chip=None, name="llama3_8b", **options: Any):

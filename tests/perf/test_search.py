@@ -74,6 +74,8 @@ def test_every_family_and_policy_is_looked_at(moe):
   assert {c.options["remat.policy"] for c in moe} == {*remat.PRESETS, "none"}
   tables = [c.options["remat.table"] for c in moe]
   assert {"attention": "offload"} in tables and {"attention": "keep", "router": "keep"} in tables
+  assert {c.options.get("sharding.experts") for c in moe if "expert" in c.families} == {"exchange", "gather"}
+  assert not any("sharding.experts" in c.options for c in moe if "expert" not in c.families)
   pipelines = [c for c in moe if "pipeline" in c.families]
   assert pipelines and not any("offload" in c.options["remat.table"].values() for c in pipelines)
   assert {c.options["sharding.repeats"] for c in pipelines} == {1, 2, 4}
