@@ -70,7 +70,7 @@ def expert_mlp(
 def _forward(
   x: jax.Array, gates: jax.Array, sizes: jax.Array, weights: Weights, activation: str, backend: str | None
 ) -> Any:
-  product = _Products(sizes, backend)
+  product = Products(sizes, backend)
 
   def hidden(ys: grouped.Tiles, _: grouped.Tiles, rows: grouped.Tiles, biases: grouped.Tiles) -> Any:
     if biases:
@@ -89,7 +89,7 @@ def _forward(
 
 def _backward(activation: str, backend: str | None, residuals: Any, dy: jax.Array) -> Any:
   x, gates, sizes, weights, ys = residuals
-  product = _Products(sizes, backend)
+  product = Products(sizes, backend)
 
   def hidden(dh: grouped.Tiles, ys: grouped.Tiles, rows: grouped.Tiles, _: grouped.Tiles) -> Any:
     dh_, wide = dh[0].astype(jnp.float32), (y.astype(jnp.float32) for y in ys)
@@ -118,10 +118,10 @@ def _backward(activation: str, backend: str | None, residuals: Any, dy: jax.Arra
 expert_mlp.defvjp(_forward, _backward)
 
 
-class _Products:
+class Products:
   """The products of rows and experts, and what is made of them: by kernels that do both, or one after another."""
 
-  def __init__(self, sizes: jax.Array, backend: str | None):
+  def __init__(self, sizes: jax.Array, backend: str | None = None):
     self.sizes = sizes
     self.backend = backend or {"cpu": "blocks", "tpu": "tpu"}.get(sharding.platform(), "xla")
 

@@ -91,10 +91,13 @@ def _gathered(x: jax.Array, gates: jax.Array, ids: jax.Array, weights: Weights, 
   sizes = jnp.clip(room - (jnp.cumsum(counts) - counts), 0, counts)
   # `_gather` reads zeros for a choice without a place.
   order, inverse = order[:room], jnp.where((choices < own) & (inverse < room), inverse, room)
-  rows, row_gates = _spread(x, order, inverse, copies), _spread(gates.reshape(-1), order, inverse, 1)
-  y = _gather(_mlp(rows, row_gates, sizes, weights, activation), order, inverse, copies)
-  if axes:
-    y = jax.lax.psum_scatter(y, axes, tiled=True)
+  row_gates = _spread(gates.reshape(-1), order, inverse, 1)
+  if not axes:
+    y = _mlp(_spread(x, order, inverse, copies), row_gates, sizes, weights, activation)
+    return _gather(y, order, inverse, copies), {"dropped": jnp.sum(counts - sizes)}
+  rows = Rows.of(jnp.where(jnp.arange(room) < jnp.sum(sizes), order // copies, len(x)), len(x))
+  y = _total(_mlp(_take(x, rows), row_gates, sizes, weights, activation), rows, len(x))
+  y = jax.lax.psum_scatter(y, axes, tiled=True)
   return y, {"dropped": jnp.sum(counts - sizes)}
 
 
@@ -284,3 +287,52 @@ _gather.defvjp(
   lambda y, order, inverse, copies: (_gather(y, order, inverse, copies), (order, inverse)),
   lambda copies, index, dx: (_spread(dx, *index, copies), None, None),
 )
+
+
+# ---- sums of the rows of a token, where most tokens have few
+
+
+class Rows(NamedTuple):
+  """Of which token each row is.
+
+  Attributes:
+    token: int32 [R], the number of tokens for a row of none. by_token: int32 [R], the rows in the order of their tokens.
+    sizes: int32 [blocks], rows of each block of `BLOCK` tokens.
+  """
+
+  token: jax.Array
+  by_token: jax.Array
+  sizes: jax.Array
+
+  @classmethod
+  def of(cls, token: jax.Array, tokens: int) -> Rows:
+    block = jnp.where(token < tokens, token // BLOCK, tokens)  # rows of no token are behind all blocks
+    sizes = jnp.bincount(block, length=-(-tokens // BLOCK))
+    return cls(token, jnp.argsort(token), sizes.astype(jnp.int32))
+
+
+BLOCK = 512  # tokens whose rows are summed in one product
+
+
+@kernels.custom_vjp
+def _take(x: jax.Array, rows: Rows) -> jax.Array:
+  """The token [N, D] of each row: [R, D], zeros where it has none."""
+  return x.at[rows.token].get(mode="fill", fill_value=0)
+
+
+@functools.partial(kernels.custom_vjp, nondiff_argnums=(2,))
+def _total(y: jax.Array, rows: Rows, tokens: int) -> jax.Array:
+  """The sum of the rows [R, D] of each token: [N, D]. The transpose of `_take`.
+
+  A product of rows, in the order of their tokens, with ones where a row is of a token: a gather for each choice of a
+  token reads most of all for nothing, and a scatter takes one row after another.
+  """
+  place = rows.token[rows.by_token]
+  ones = (place[:, None] % BLOCK == jnp.arange(BLOCK)).astype(y.dtype)
+  product = expert_mlp.Products(rows.sizes)
+  sums = product.multiply("md,mf->edf", ones, y[rows.by_token], jnp.float32)
+  return sums.reshape(-1, y.shape[-1])[:tokens].astype(y.dtype)
+
+
+_take.defvjp(lambda x, rows: (_take(x, rows), (rows, x.shape[0])), lambda kept, dy: (_total(dy, *kept), None))
+_total.defvjp(lambda y, rows, tokens: (_total(y, rows, tokens), rows), lambda tokens, rows, dy: (_take(dy, rows), None))
