@@ -28,6 +28,7 @@ from maxscale.perf.gate import GIB, ROOT, Case
 PROGRAM = "python -m maxscale.perf.choices"
 PAGE = ROOT / "docs/choices.md"
 STEP, HBM = "predicted step, ms", "HBM, GiB"
+MISSING = "Not measured yet."
 SMALLEST = 0.005  # of a step, or of HBM: less is no difference
 Figures = dict[str, float]  # row of a table -> value; without STEP it does not fit
 
@@ -80,8 +81,7 @@ def wide_gathers(of: Any) -> Any:
 _SHORT = ("run.steps=100", "optimizer.warmup_steps=10")  # short runs have no slow compile options
 V6E, V5P = Case("llama3_8b", "v6e:16x16", _SHORT), Case("llama3_8b", "v5p:4x4x4", _SHORT)
 MOE = Case("mixtral_8x7b", "v5p:4x4x4", _SHORT)
-LONG = Case("llama3_8b", "v5p:4x4x4", (*_SHORT, "data.length=65536", "data.batch_size=64", "mesh.context=8"))
-TUNED = tuple(dataclasses.replace(case, options=("run.steps=100000",)) for case in (V6E, V5P))
+TUNED = dataclasses.replace(V6E, options=("run.steps=100000",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,18 +125,18 @@ CHOICES = {
   "dq": Choice(
     "The partial sums of dq are added by a chain of additions",
     "The compiler fuses additions into what reads dq; the library's sum over a leading dimension it does not.",
-    cases=(V6E, V5P), replace={"splash:_partials_added": lambda added: lambda f: f}),
+    cases=(V5P,), replace={"splash:_partials_added": lambda added: lambda f: f}),
   "loss": Choice(
     "The loss makes its gradients in the forward pass, in chunks",
-    "Logits of a chunk are used for the loss, dx and dw while they are there. Without: the product with the head, a "
-    "softmax in float32, plain differentiation, all positions at once.", replace={"decoder:cross_entropy": plain_loss}),
+    "For HBM: float32 logits of a chunk are used for the loss, dx and dw while they are there. Without: all logits at "
+    "once, rounded to bfloat16, and plain differentiation.", replace={"decoder:cross_entropy": plain_loss}),
   "loss_chunks": Choice(
     "Logits exist for a chunk of positions at a time", "512 MiB of them, to save HBM. Without: one chunk.",
     ("loss.chunk=16384",)),
   "loss_float32": Choice(
     "The gradient of the logits stays in float32 until the products read it",
     "The compiler then computes it inside both products, which round it to bfloat16, and does not write it out.",
-    cases=(V6E, V5P), replace={"loss:_dot": lambda dot: lambda a, b, *rest: dot(a.astype(b.dtype), b, *rest)}),
+    cases=(V5P,), replace={"loss:_dot": lambda dot: lambda a, b, *rest: dot(a.astype(b.dtype), b, *rest)}),
   "lookup": Choice(
     "The embedding is a lookup, its gradient a scatter-add",
     "A product with rows of zeros and ones, which some programs for TPUs have instead, is as much work as the head.",
@@ -149,13 +149,13 @@ CHOICES = {
     "For accuracy: bfloat16 rounds each partial sum to 8 bits. It doubles what scatters move.",
     ("optimizer.grad_reduce_dtype=bfloat16",)),
   "gathers": _flags("Gathers run on the SparseCores", (V6E, V5P), "_all_gather"),
-  "gathers_2d_3d": _flags("So do those over two and three dimensions of the torus", (V6E, V5P), "d_all_gather"),
+  "gathers_2d_3d": _flags("So do those over two and three dimensions of the torus", (V5P,), "d_all_gather"),
   "scatters": _flags("Reduce-scatters run on the SparseCores", (V6E, V5P), "reduce_scatter"),
-  "scatters_nd": _flags("So do those over several dimensions of the torus", (V6E, V5P), "_nd_reduce_scatter"),
-  "async_gathers": _flags("A gather stays one", (V6E, V5P), "_prefer_async_allgather_to_allreduce"),
+  "scatters_nd": _flags("So do those over several dimensions of the torus", (V5P,), "_nd_reduce_scatter"),
+  "async_gathers": _flags("A gather stays one", (V5P,), "_prefer_async_allgather_to_allreduce"),
   "sparsecore_mode": _flags("How SparseCores run collectives", (V5P,), "_on_sc", "_megacore_partitioning",
                             "_instruction_fusion", "_disjoint_spmem"),
-  "vmem": _flags("Runs of 2,000 steps and more give a fusion more VMEM", TUNED, "_scoped_vmem_limit_kib"),
+  "vmem": _flags("Runs of 2,000 steps and more give a fusion more VMEM", (TUNED,), "_scoped_vmem_limit_kib"),
   "remat_attention": Choice(
     "The output of attention is kept (`remat.policy=attention`)",
     "Of a layer it takes longest to compute again. Without: `full`, which keeps the residual stream alone.",
@@ -164,13 +164,9 @@ CHOICES = {
   "fsdp": Choice(
     "A dense model of this size: FSDP, no tensor parallelism", "Gathers of parameters hide behind products; a product "
     "waits for the activations that tensor parallelism moves. Without: `mesh.tensor=4`.", ("mesh.tensor=4",)),
-  "context": Choice(
-    "Keys and values of a split sequence go around a ring",
-    "They move during the attention to those that are here. Without: every device gathers all of them.",
-    ("sharding.context=gather",), (LONG,)),
   "experts_kernels": Choice(
     "Experts' products are kernels of our own", "XLA's `ragged_dot` has none for the gradient of the matrices.",
-    cases=(MOE,), replace={"kernels:_by_group": lambda f: lambda sizes, backend: f(sizes, "xla")}),
+    cases=(MOE,), replace={"expert_mlp:expert_mlp": lambda f: functools.partial(f, backend="xla")}),
   "experts_layout": Choice(
     "Experts are split over devices, and tokens go to them",
     "Tokens move, not the parameters of experts. Without: `mesh.expert=1`, all FSDP.", ("mesh.expert=1",), (MOE,)),
@@ -202,11 +198,13 @@ def measure(case: Case, without: str = "") -> tuple[str, Figures]:
 def figures(report: Mapping[str, Any]) -> Figures:
   """The rows of a table, of a report as JSON."""
   p = report["predicted"]
-  out, names = {STEP: 1e3 * p["seconds"]}, {"grouped": "experts' kernels", "kernel": "other kernels"}
+  names = {"attention": "attention kernels", "grouped": "experts' kernels", "kernel": "other kernels"}
+  out = {STEP: 1e3 * p["seconds"]}
   for cls, seconds in p["classes"].items():
     row = f"{names.get(cls, 'exposed transfers' if cls.startswith('exposed') else cls)}, ms"
     out[row] = out.get(row, 0.0) + 1e3 * seconds
   out |= {"kernels that count as 0 s": p["unmodelled"], HBM: report["peak"] / GIB}
+  out["collectives, GiB"] = sum(row["bytes"] for row in report["collectives"]) / GIB
   return out | {"compile, s": report["compile_seconds"]}
 
 
@@ -235,26 +233,27 @@ def replace(target: str, make: Callable[[Any], Any], put: Callable[[Any, str, An
 INTRO = f"""# Choices of the step
 
 What each choice gains: the same step without it and with it, compiled for chips that are not here. `{PROGRAM}`
-writes this page, `--only NAME` a part of it. Seconds are predictions, not measurements: how far they are from public step
-times is what `python -m maxscale.plan --calibration` says. Compile seconds are those of the machine that wrote the page.
+writes this page, `--only NAME` a part of it. Seconds are predictions, not measurements: how far they are from public
+step times is what `python -m maxscale.plan --calibration` says. Compile seconds are those of the machine that wrote it.
 """
 
 
 def section(name: str, found: Mapping[Case, tuple[tuple[str, Figures], tuple[str, Figures]]]) -> str:
-  """A choice's part of the page, of what was measured for each case without it and with it."""
+  """A choice's part of the page, of what was measured for each case without it and with it (nothing: it is missing)."""
   out = [f"## `{name}`: {CHOICES[name].what}", CHOICES[name].why]
   for case, ((_, before), (versions, after)) in found.items():
     options = "".join(f", `{option}`" for option in case.options if option not in _SHORT)
     out += [f"`{case.config}` on {case.topology}{options} ({versions}). {verdict(before, after)}", table(before, after)]
-  return "\n\n".join(out) + "\n"
+  return "\n\n".join(out if found else [*out, MISSING]) + "\n"
 
 
 def verdict(before: Figures, after: Figures) -> str:
+  """What the choice does to the step, in a sentence."""
   if STEP not in before:
     return "Without it the step does not fit."
   changes = {what: (after[row] - before[row]) / before[row] for what, row in (("time", STEP), ("HBM", HBM))}
   words = [f"{abs(d):.1%} {'less' if d < 0 else 'more'} {what}" for what, d in changes.items() if abs(d) >= SMALLEST]
-  gain = "" if min(changes.values()) <= -SMALLEST else ": no gain by prediction"
+  gain = "" if changes["time"] <= -SMALLEST else ": no faster by prediction"
   return f"With it {' and '.join(words) or 'nothing changes'}{gain}."
 
 
@@ -286,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
   for name in arguments.only or CHOICES:
     found = {case: (measure(case, name), measure(case)) for case in CHOICES[name].cases}
     parts = sections(PAGE.read_text() if PAGE.exists() else "") | {name: section(name, found)}
-    PAGE.write_text("\n".join([INTRO, *(parts[n] for n in CHOICES if n in parts)]))
+    PAGE.write_text("\n".join([INTRO, *(parts.get(n) or section(n, {}) for n in CHOICES)]))
     print(parts[name], flush=True)
   return 0
 
