@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from maxscale.models import splash
+from maxscale.models import experts, splash
 from maxscale.perf import traffic
 from maxscale.perf.local import Dot, Kernel, Local
 
@@ -29,6 +29,7 @@ class Node:
     weights: path of each weight in `dots`, in their order.
     moves, back: collectives of forward and of backward.
     vector, vector_back: bytes of elementwise passes.
+    others, others_back: products without weights, of forward and of backward.
   """
 
   out: str
@@ -42,6 +43,8 @@ class Node:
   back: tuple[traffic.Transfer, ...] = ()
   vector: float = 0.0
   vector_back: float = 0.0
+  others: tuple[Dot, ...] = ()
+  others_back: tuple[Dot, ...] = ()
 
 
 def values(d: Local, stack: str, window: int, dense: bool) -> list[Node]:
@@ -235,9 +238,11 @@ def _moe(d: Local, stack: str, entry: str) -> list[Node]:
     return d.move(kind, axes, parts * tokens * (n if n > 1 else s.A), "" if n > 1 else "float32")
 
   product = lambda k, n: d.dot(worked, k, n, groups)  # noqa: E731
-  everyone = 0.0 if s.exchange else parts * whole  # tokens that are gathered
-  # In sums over a token's choices each device looks for all of them, those of other devices' experts too.
-  sums = 0 if dense else 2 * choices * s.D * a if s.exchange else parts * (choices + tokens) * s.D * a
+  sums, others, everyone = 0.0 if dense else 2.0 * choices * s.D * a, (), 0.0
+  if not s.exchange and axes:  # rows of all devices' tokens, which are summed by products with ones
+    everyone = parts * whole
+    others = (Dot(experts.BLOCK, worked, s.D, math.ceil(parts * tokens / experts.BLOCK), d.exact, 4),)
+    sums = room * (2 * s.D + experts.BLOCK) * a + everyone * (1 + 4 / a)
   small = [(s.A, "float32"), (s.A, "int32"), (1, "bool")]  # gates, ids, valid
   size = rows * width * a
   nodes = [
@@ -246,8 +251,9 @@ def _moe(d: Local, stack: str, entry: str) -> list[Node]:
     Node("choice", ("router",), ("router",), moves=sum((d.gather(n, dtype) for n, dtype in small), ()),
          back=d.reduce(s.A, "mlp", "float32"), vector=6 * own * s.E_pad * 4, vector_back=6 * own * s.E_pad * 4),
     Node("mlp_in", (entry,), size=whole, moves=d.gather(s.D), back=d.reduce(s.D, "mlp")),
-    Node("rows", ("mlp_in", "choice"), ("choice",), rows * s.D * a + everyone, moves=there(s.D, "all-gather"),
-         back=there(s.D, "reduce-scatter"), vector=0 if dense else 2 * choices * s.D * a, vector_back=1.5 * sums),
+    Node("rows", ("mlp_in", "choice"), ("choice",), rows * s.D * a + everyone, others_back=others,
+         moves=there(s.D, "all-gather"), back=there(s.D, "reduce-scatter"),
+         vector=0 if dense else 2 * choices * s.D * a, vector_back=1.5 * sums),
     Node("row_gates", ("choice",), ("choice",), rows * 4, moves=there(1, "all-gather"),
          back=there(1, "reduce-scatter")),
   ]  # fmt: skip
@@ -258,9 +264,8 @@ def _moe(d: Local, stack: str, entry: str) -> list[Node]:
   nodes += [
     Node("hidden", (*names, "row_gates"), (*names, "row_gates"), size, vector=3 * passes, vector_back=6 * passes),
     Node("experts_out", ("hidden",), ("hidden",), rows * s.D * a, (product(width, s.D),), (at + "down",)),
-    Node("combined", ("experts_out", "choice"), ("choice",), whole, moves=there(s.D, "reduce-scatter"),
-         back=there(s.D, "all-gather"),
-         vector=sums, vector_back=0 if dense else 2 * choices * s.D * a),
+    Node("combined", ("experts_out", "choice"), ("choice",), whole, others=others, moves=there(s.D, "reduce-scatter"),
+         back=there(s.D, "all-gather"), vector=sums, vector_back=0 if dense else 2 * choices * s.D * a),
   ]  # fmt: skip
   ins = ("combined",)
   if s.m.moe.shared:

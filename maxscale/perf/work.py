@@ -114,6 +114,7 @@ class Work:
         if d.parameter(w)[0].trained:
           # the sum over rows is one product for each group
           backward.dots.append(Dot(dot.k, dot.m, dot.n, dot.groups, dot.exact, d.g))
+      backward.dots += n.others_back
       if n.kernel:
         backward.kernels.append(n.kernel[1])
       (backward.ring if n.kernel else backward.moves).extend(n.back)
@@ -254,7 +255,7 @@ def _finish(d: Local) -> Part:
 
 
 def _add(part: Part, n: Node) -> None:
-  part.dots += n.dots
+  part.dots += n.dots + n.others
   if n.kernel:
     part.kernels.append(n.kernel[0])
   (part.ring if n.kernel else part.moves).extend(n.moves)
