@@ -1,6 +1,7 @@
 """A mixture of 1.03 T parameters, 33 B of them active: after Kimi K2 (Kimi Team, arXiv 2507.20534, table 2 and section 2).
 
-For 4,096 v5p chips: experts over a ring of 16, FSDP over 256, 4 sequences of 4,096 tokens a chip, 67 M tokens a step.
+For 4,096 v5p chips: experts over boxes of 8 that gather their tokens, FSDP over 128, 4 replicas, 4 sequences of 4,096
+tokens a chip, 67 M tokens a step.
 
 Latent attention with 64 heads, 384 experts of which a token uses 8 beside a shared one, a bias that balances them
 without a loss, no groups; the first layer is dense. 60 layers with experts divide into 2 to 60 stages of a pipeline.
@@ -29,7 +30,10 @@ def get_config():
   c.optimizer.learning_rate = 2e-4
   c.optimizer.schedule = "wsd"
   c.optimizer.warmup_steps = 500
+  c.remat.policy = "attention"  # its kernel is the dearest thing to run again
+  c.sharding.experts = "gather"
   c.mesh.topology = "v5p:16x16x16"
-  c.mesh.expert = 16
+  c.mesh.data = 4  # FSDP over 512 would leave 14 rows of a matrix to a device, less than tiles of memory have
   c.mesh.fsdp = -1
+  c.mesh.expert = 8
   return c

@@ -171,7 +171,7 @@ class Products:
         return jax.lax.ragged_dot_general(a, b, self.sizes, dims, precision, dtype)
       if a.dtype.itemsize == 1:  # exact; kernels of fp8 only compile for some chips
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-      return grouped.outer(a, b, self.sizes, precision, self.backend).astype(dtype)
+      return grouped.outer(a, b, self.sizes, precision, self.backend, dtype)
     b = b if spec == PRODUCT else b.swapaxes(1, 2)
     if self.backend == "blocks":
       return _blocks_forward(a, b, self.sizes, dtype)

@@ -116,8 +116,10 @@ def products(
   return tuple(done[: len(results)]), tuple(a.sum((0, 2)) for a in done[len(results) :])
 
 
-def outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, precision: Any, backend: str) -> jax.Array:
-  """For each group the product of its rows of x [M, K], transposed, and dy [M, N]: float32 [E, K, N].
+def outer(
+  x: jax.Array, dy: jax.Array, sizes: jax.Array, precision: Any, backend: str, dtype: Any = jnp.float32
+) -> jax.Array:
+  """For each group the product of its rows of x [M, K], transposed, and dy [M, N], summed in float32: [E, K, N].
 
   Args:
     sizes, backend: as for `product`. Rows past their sum may hold anything.
@@ -133,14 +135,19 @@ def outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, precision: Any, backend
   tiles = [pl.cdiv(size, width) for size, width in zip((k, n), widths)]
   visits, count = Visits.of(sizes, m, rows)
 
-  def grouped_outer(visits: Visits, x: Any, dy: Any, out: Any) -> None:
+  narrow = jnp.dtype(dtype) != jnp.float32  # sums need a place of their own
+
+  def grouped_outer(visits: Visits, x: Any, dy: Any, out: Any, *own_sums: Any) -> None:
     v = pl.program_id(1)
     first = (v == 0) | (visits.group[v] != visits.group[jnp.maximum(v - 1, 0)])
     whole = visits.whole(v, rows)
 
     def add(x: jax.Array, dy: jax.Array) -> None:
       dw = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), precision, jnp.float32)
-      out[...] = jnp.where(first, 0, out[...]) + dw
+      sums = own_sums[0] if narrow else out
+      sums[...] = jnp.where(first, 0, sums[...]) + dw
+      if narrow:
+        out[...] = sums[...].astype(out.dtype)
 
     @pl.when(whole)
     def _() -> None:
@@ -154,22 +161,25 @@ def outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, precision: Any, backend
   x_spec = pl.BlockSpec((rows, widths[0]), lambda t, v, visits: (visits.tile(v), t // tiles[1]))
   dy_spec = pl.BlockSpec((rows, widths[1]), lambda t, v, visits: (visits.tile(v), t % tiles[1]))
   out_spec = pl.BlockSpec((None, *widths), lambda t, v, visits: (visits.group[v], t // tiles[1], t % tiles[1]))
-  out = jax.ShapeDtypeStruct((sizes.size, k, n), jnp.float32)
-  moved = tiles[1] * x.nbytes + tiles[0] * dy.nbytes + 4 * out.size
+  out = jax.ShapeDtypeStruct((sizes.size, k, n), dtype)
+  moved = tiles[1] * x.nbytes + tiles[0] * dy.nbytes + out.dtype.itemsize * out.size
+  scratch = [pltpu.VMEM(widths, jnp.float32)] if narrow else []
   return _call(grouped_outer, backend, (math.prod(tiles), count), (x_spec, dy_spec), out_spec, out, vmem(*widths),
-               2 * m * k * n, moved, visits, x, dy)  # fmt: skip
+               2 * m * k * n, moved, visits, x, dy, scratch=scratch)  # fmt: skip
 
 
 SCRATCH = 8 * 2**20  # bytes of VMEM that a kernel may take beside its windows; 0 to 4 MiB were seen in bfloat16
 
 
 def _call(kernel: Callable, backend: str, grid: tuple, in_specs: Any, out_specs: Any, out: Any, vmem: int, flops: int,
-          moved: int, *operands: Any) -> Any:  # fmt: skip
+          moved: int, *operands: Any, scratch: Sequence[Any] = ()) -> Any:  # fmt: skip
   """The kernel on `operands`, of which the first are the visits; `moved`: bytes between HBM and VMEM."""
   return pl.pallas_call(
     kernel,
     out,
-    grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_specs),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
+    ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem + SCRATCH
     ),
