@@ -21,6 +21,7 @@ _OPCODE = re.compile(r"(?:^|[\s})\]])([a-z][\w\-]*)\(")
 _CLOSING = re.compile(r"\)(?:,|$)")  # of the operands: a `)` inside a type has something else behind it
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_ESTIMATE = 2**63 - 1  # cycles of an instruction that the compiler cannot estimate
 _CALLED = re.compile(
   r"(calls|to_apply|body|condition|branch_computations|true_computation|false_computation|called_computations)"
   r"=(\{[^}]*\}|%?[\w.\-]+)"
@@ -43,7 +44,7 @@ class Instruction:
 
   Attributes:
     text: all of it behind the name.
-    cycles: the compiler's estimate, or 0.
+    cycles: the compiler's estimate, or 0; `unknown` where it has tried and failed.
     called: attribute -> names of the computations.
     root: its value is that of the computation.
   """
@@ -62,6 +63,10 @@ class Instruction:
     """What JAX called the operation that it comes from; "" where the compiler dropped it."""
     found = _OP_NAME.search(self.text)
     return found.group(1) if found else ""
+
+  @property
+  def unknown(self) -> bool:
+    return self.number(_CYCLES) == _NO_ESTIMATE
 
   @property
   def beside(self) -> tuple[str, ...]:
@@ -275,9 +280,10 @@ def read(text: str) -> Program:
 def _instruction(root: str | None, name: str, rest: str) -> Instruction:
   opcode = _OPCODE.search(rest)
   cycles = _CYCLES.search(rest)
+  estimate = int(cycles.group(1)) % _NO_ESTIMATE if cycles else 0
   called = {a: tuple(re.findall(r"[\w.\-]+", v.replace("%", ""))) for a, v in _CALLED.findall(rest)}
   start = opcode.end() if opcode else 0
   closing = _CLOSING.search(rest, start)
   operands = _OPERAND.findall(rest, start, closing.start()) if opcode and closing else ()
-  return Instruction(name, opcode.group(1) if opcode else "", rest, int(cycles.group(1)) if cycles else 0, called,
+  return Instruction(name, opcode.group(1) if opcode else "", rest, estimate, called,
                      rest[: opcode.start(1)] if opcode else "", tuple(operands), bool(root))  # fmt: skip

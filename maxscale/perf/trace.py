@@ -201,6 +201,8 @@ class _Reader:
       if work.kind == "grouped":
         return dataclasses.replace(work, flops=work.flops / self.spare, useful=work.useful / self.spare)
       return work
+    if i.unknown:
+      return Work("kernel", part)  # like a kernel without a cost: nobody knows
     return Work(kind, part, i.cycles) if i.cycles else None
 
   def _moves(self, i: Instruction, computation: str) -> Iterator[tuple[Any, Move]]:

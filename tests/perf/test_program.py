@@ -345,3 +345,11 @@ def test_a_program_of_this_machine_is_read():
 
 if __name__ == "__main__":
   print(json.dumps(compiled()))
+
+
+def test_an_instruction_that_the_compiler_cannot_estimate_is_known_as_such():
+  line = '  %fusion.1 = f32[8]{{0}} fusion(%p), kind=kOutput, calls=%f, backend_config={{"estimated_cycles":"{}"}}'
+  text = "HloModule m, is_scheduled=true\n\nENTRY %main (p: f32[8]) -> f32[8] {{\n{}\n}}\n"
+  for cycles, expected, unknown in ((1200, 1200, False), (2**63 - 1, 0, True)):
+    (i,) = program.read(text.format(line.format(cycles))).computations["main"]
+    assert (i.cycles, i.unknown) == (expected, unknown)
