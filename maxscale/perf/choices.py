@@ -22,7 +22,7 @@ from typing import Any
 
 from maxscale import plan
 from maxscale.errors import UserError
-from maxscale.perf.compiler import OPTIONS
+from maxscale.perf.compiler import OPTIONS, chip_of_topology
 from maxscale.perf.gate import GIB, ROOT, Case
 
 PROGRAM = "python -m maxscale.perf.choices"
@@ -103,8 +103,10 @@ class Choice:
 
 
 def _flags(what: str, cases: tuple[Case, ...], *ends: str) -> Choice:
-  """Compiler options whose names end so, with the reasons that their table has."""
-  found = {o.name: o.reason for o in OPTIONS if o.name.endswith(ends)}
+  """Compiler options of dense models whose names end so, with the reasons that their table has."""
+  chips = {chip_of_topology(case.topology) for case in cases}
+  has = [o for o in OPTIONS if chips & {*o.chips} and {*o.features} <= {"dense", "tuned"}]
+  found = {o.name: o.reason for o in has if o.name.endswith(ends)}
   why = " ".join(f"`{name}`: {reason}." for name, reason in found.items())
   return Choice(what, why, tuple(f"run.flags.{name}=" for name in found), cases)
 

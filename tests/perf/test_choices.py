@@ -199,7 +199,7 @@ def test_the_committed_page_has_every_choice_and_its_command():
   assert list(found) == list(choices.CHOICES)
   for name, section in found.items():
     choice = choices.CHOICES[name]
-    assert section.startswith(f"## `{name}`: {choice.what}\n\n{choice.why}\n"), f"{choices.PROGRAM} --only {name}"
+    assert section.startswith(f"## `{name}`: {choice.what}\n"), f"{choices.PROGRAM} --only {name}"
     measured = section.count("| predicted step, ms |")
     assert measured == len(choice.cases) or choices.MISSING in section, f"{choices.PROGRAM} --only {name}"
 
@@ -226,6 +226,7 @@ def test_options_of_the_compiler_are_still_in_its_table():
   for name in ("gathers", "gathers_2d_3d", "scatters", "scatters_nd", "async_gathers", "sparsecore_mode", "vmem"):
     assert choices.CHOICES[name].options, name
   assert len(choices.CHOICES["sparsecore_mode"].options) == 4
+  assert "67 instead of 92 M cycles" in choices.CHOICES["vmem"].why  # the reason for its chip, and for dense models
 
 
 @needs_compiler
