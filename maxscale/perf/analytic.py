@@ -200,14 +200,14 @@ class Clock:
     tile = self.chip.tile
     m, k, n = pad(d.m, 8), pad(d.k, tile), pad(d.n, tile)
     rate = self.peak * (self.chip.matmul or self.e.matmul)
+    weights, results, waste = 1, 1, 1.0
     if d.groups:
-      rows, rate = max(d.m, d.k) if min(d.m, d.k) else d.m, self.peak * self.experts
+      rows, rate = d.k if d.outer else d.m, self.peak * self.experts
       waste = 1 + d.groups * tile / rows  # a tile of rows for each group is partly another's
-      work, weights = 2 * m * k * n * waste, d.groups
-    else:
-      work, weights = 2 * m * k * n, 1
+      weights, results = (1, d.groups) if d.outer else (d.groups, 1)
+    work = 2 * m * k * n * waste
     size = 2 * (2 if d.exact else 1)
-    moved = size * (d.m * d.k + weights * d.k * d.n) + d.out * d.m * d.n
+    moved = size * (d.m * d.k + weights * d.k * d.n) + d.out * results * d.m * d.n
     times = sorted((work * (EXACT if d.exact else 1) / rate, moved / self.hbm))
     return times[1] + (1 - self.e.hidden) * times[0] + self.e.launch
 

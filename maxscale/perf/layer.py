@@ -241,7 +241,7 @@ def _moe(d: Local, stack: str, entry: str) -> list[Node]:
   sums, others, everyone = 0.0 if dense else 2.0 * choices * s.D * a, (), 0.0
   if not s.exchange and axes:  # rows of all devices' tokens, which are summed by products with ones
     everyone = parts * whole
-    others = (Dot(experts.BLOCK, worked, s.D, math.ceil(parts * tokens / experts.BLOCK), d.exact, 4),)
+    others = (Dot(experts.BLOCK, worked, s.D, math.ceil(parts * tokens / experts.BLOCK), d.exact, 4, True),)
     sums = room * (2 * s.D + experts.BLOCK) * a + everyone * (1 + 4 / a)
   small = [(s.A, "float32"), (s.A, "int32"), (1, "bool")]  # gates, ids, valid
   size = rows * width * a

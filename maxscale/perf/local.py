@@ -21,6 +21,7 @@ class Dot(NamedTuple):
   Attributes:
     exact: in float32.
     out: bytes of an element of the result.
+    outer: the `k` rows are those in groups, and each group has a result of its own.
   """
 
   m: float
@@ -29,6 +30,7 @@ class Dot(NamedTuple):
   groups: int = 0
   exact: bool = False
   out: int = 2
+  outer: bool = False
 
   @property
   def flops(self) -> float:

@@ -10,7 +10,8 @@ the best of all the step is that `perf/search.py` would choose, and of how many 
   --json F                     keep what was compiled, written after each layout; it goes on where such a file ends
   --from F                     compare what is in such a file, with the closed form and the calibration of now
 
-What tests/perf/golden/ has came from, with 2 sequences of 8,192 or 4 of 4,096 tokens for each chip:
+tests/perf/golden/ came from these, with 2 sequences of 8,192 or 4 of 4,096 tokens for each chip (3 minutes a layout on
+one core of a server; a list of layouts may be a part of all):
 
   python -m maxscale.perf.proof --config configs/llama3_8b.py --topology v6e:4x4 --config.data.batch_size=32
     --config.run.steps=100 --json tests/perf/golden/proof_llama3_8b.json.gz

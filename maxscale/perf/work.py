@@ -113,7 +113,7 @@ class Work:
         backward.dots.append(Dot(dot.m, dot.n, dot.k, dot.groups, dot.exact, dot.out))
         if d.parameter(w)[0].trained:
           # the sum over rows is one product for each group
-          backward.dots.append(Dot(dot.k, dot.m, dot.n, dot.groups, dot.exact, d.g))
+          backward.dots.append(Dot(dot.k, dot.m, dot.n, dot.groups, dot.exact, d.g, outer=bool(dot.groups)))
       backward.dots += n.others_back
       if n.kernel:
         backward.kernels.append(n.kernel[1])

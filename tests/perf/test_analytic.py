@@ -134,8 +134,8 @@ def test_a_step_with_attention_of_plain_products(policy, more):
 
 @pytest.mark.parametrize("name", ["llama3_8b", "mixtral_8x7b", "deepseek_v3", "gpt_oss_20b"])
 def test_without_recomputation_products_are_three_forwards(name):
-  config = config_lib.load(f"configs/{name}.py", [("remat.policy", "none"), ("model.mtp", "0")])
-  config = dataclasses.replace(config, mesh=config_lib.Mesh(fsdp=1, expert=1))
+  config = config_lib.load(f"configs/{name}.py", [("model.mtp", "0")])
+  config = dataclasses.replace(config, mesh=config_lib.Mesh(fsdp=1, expert=1), remat=config_lib.Remat("none", {}))
   w = Work(analytic.program(config, dataclasses.replace(V5P, devices=1), (1,))[0], "tpu")
   parts = [p for p in w.parts if not p.name.startswith("dense_layers")]
   if config.dense_layers:  # which are computed once more for the backward of the embedding
@@ -249,6 +249,17 @@ def test_attention_takes_what_the_calibration_says():
   assert analytic.Clock(V5P, (4, 4, 4), shape, step.rules, analytic.Efficiency(attention=0.5)).attention == 0.5
   h100 = next(c for c in hardware.CHIPS if c.name == "H100")  # which has no rates
   assert analytic.Clock(h100, (64,), shape, step.rules, analytic.DEFAULT).attention == 0.55
+
+
+@pytest.mark.parametrize("dot, moved", [
+  (Dot(256, 4096, 2048, 16), 2 * (256 * 4096 + 16 * 4096 * 2048) + 2 * 256 * 2048),  # rows, a matrix for each group
+  (Dot(4096, 256, 2048, 16, out=4, outer=True), 2 * (4096 * 256 + 256 * 2048) + 4 * 16 * 4096 * 2048),  # their gradients
+])  # fmt: skip
+def test_few_rows_of_many_groups_take_what_their_matrices_do(dot, moved):
+  config = config_lib.load("configs/llama3_8b.py", [("mesh.topology", "v5p:4x4x4")])
+  step, shape = analytic.program(config, V5P, (4, 4, 4))
+  clock = analytic.Clock(V5P, (4, 4, 4), shape, step.rules, analytic.Efficiency(hidden=1, launch=0, stream=0.5))
+  assert clock.dot(dot) == pytest.approx(moved / (2765e9 * 0.5))
 
 
 def test_what_hides_in_backward_and_in_a_pipeline():
