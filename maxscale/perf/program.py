@@ -263,7 +263,7 @@ def read(text: str) -> Program:
   """The program of `compiled.as_text()`."""
   computations: dict[str, list[Instruction]] = {}
   current, entry = "", ""
-  for line in _METADATA.sub(r"\1\2}", text).splitlines():
+  for line in _whole_lines(_METADATA.sub(r"\1\2}", text)):
     if head := _COMPUTATION.match(line):
       current = head.group(2)
       computations[current] = []
@@ -275,6 +275,18 @@ def read(text: str) -> Program:
   aliases = {int(k): int(n) for k, n in _ALIAS.findall(donated.group(1))} if donated else {}
   return Program({n: tuple(b) for n, b in computations.items()}, entry,
                  int(partitions.group(1)) if partitions else 1, aliases)  # fmt: skip
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+  """Lines, of which some are several: the configuration of a kernel inside a fusion goes on at the margin."""
+  whole = ""
+  for line in text.splitlines():
+    if line.startswith(('"', '}, "')):
+      whole += line
+    else:
+      yield whole
+      whole = line
+  yield whole
 
 
 def _instruction(root: str | None, name: str, rest: str) -> Instruction:

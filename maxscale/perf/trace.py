@@ -272,7 +272,7 @@ _MOSAIC = 'custom_call_target="tpu_custom_call"'
 _PARTNER = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)_\d+"')
 _CHAIN = re.compile(r'chain_id="?(\w+)')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
-_ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
+_ESTIMATE = re.compile(r'"cost_estimate": ?\{([^}]*)\}')
 _SPLASH = re.compile(r"(?:splash|flash)\w*?_(fwd|dkv|dq)")
 _GROUPED = re.compile(r"gmm|ragged|grouped|megablox|outer|product")
 

@@ -14,7 +14,7 @@ import types
 import numpy as np
 import pytest
 
-from maxscale.perf import collectives, program
+from maxscale.perf import collectives, program, trace
 
 DATA = pathlib.Path(__file__).parent / "data"
 LAYERS, ROWS, WIDTH = 5, 256, 1024  # rows of a device
@@ -353,3 +353,27 @@ def test_an_instruction_that_the_compiler_cannot_estimate_is_known_as_such():
   for cycles, expected, unknown in ((1200, 1200, False), (2**63 - 1, 0, True)):
     (i,) = program.read(text.format(line.format(cycles))).computations["main"]
     assert (i.cycles, i.unknown) == (expected, unknown)
+
+
+def test_the_configuration_of_a_kernel_may_go_on_at_the_margin():
+  text = """HloModule m, is_scheduled=true
+
+%inside (p: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %kernel = bf16[4,8]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={"custom_call_config": {"body": "AA=", "cost_estimate": {
+"bytes_accessed":64,
+"flops":5772436045824,
+"transcendentals":0
+}, "serialization_format": 1}}
+}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  ROOT %fusion = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%inside, metadata={op_name="jit(step)/jvp()/experts/grouped_product/pallas_call"}
+}
+"""
+  read = program.read(text)
+  assert [i.name for i in read.computations["inside"]] == ["p", "kernel"]
+  assert '"flops":5772436045824' in read.computations["inside"][1].text
+  (work,) = trace.of_program(read, [(0, 0, 0, 0, 0)], "TPU v5")
+  assert (work.flops, work.bytes) == (5772436045824, 64)
