@@ -6,10 +6,11 @@ it is known not to be the program that ran. None of them is a program of this pr
 
 What is fitted, as little as the rows can tell:
   clock      one factor for all chips on the clock that the peak implies, and one for each chip that is drawn to it
-  attention  fraction of the peak in attention kernels, one for all chips
+  attention  fraction of the peak of that part of the matrix units that the heads of attention kernels fill
+  grouped    fraction of the peak in kernels of experts, on whole tiles: as long as no row has them it is an assumption
   host       factor on the documented rate between a chip and its host, one for all
-Kernels of experts and the links are not fitted, since no row depends on them: GROUPED is an assumption with a range, and
-links reach the usable rate that the hardware table has.
+  slices     share of a step that each doubling of slices adds to it
+Links are not fitted: they reach the usable rate that the hardware table has.
 
 `python -m maxscale.perf.calibration [--add STEP.json]` adds a published step, fits again and rewrites `calibration.json`.
 STEP.json: name, model, seconds, source, differences, versions; `program`: a file with `compiled.as_text()`, also .gz;
@@ -40,11 +41,17 @@ from maxscale.perf.simulate import Rates
 # multiply and add); with the published peaks these give 1.05, 1.5, 1.75, 1.75 and 2.2 GHz.
 _PER_CYCLE = {"TPU v4": 2 * 8 * 128**2, "TPU v5e": 2 * 4 * 128**2, "TPU v5p": 2 * 8 * 128**2, "TPU v6e": 2 * 4 * 256**2,
               "TPU7x": 2 * 4 * 256**2, "TPU8t": 2 * 4 * 256**2}  # fmt: skip
-GROUPED, GROUPED_RANGE = 0.75, (0.6, 0.9)  # of the peak, in kernels of experts with full tiles: an assumption
 _HOST = 32e9  # bytes/s of a device where the table has no rate of the host
-_PRIOR = (0.0, math.log(0.5), math.log(2.0))  # of log clock factor, log attention, log host factor
-_PULL = (0.0, 0.003, 0.003)  # weight of the squared distance to these, beside the squared log error of each row
-_CHIP_PULL = 0.1  # the same of a chip's own clock factor to that of all
+# Constant -> what its logarithm is drawn to, with what weight beside the squared log error of a row, and its bounds.
+# Attention: a little less than long products were measured at (0.82 of v6e, 0.83 of TPU7x); few rows have much of it.
+_CONSTANTS = {
+  "clock": (math.log(1.0), 0.0, (-0.4, 0.4)),
+  "attention": (math.log(0.7), 0.03, (-1.6, -0.05)),
+  "grouped": (math.log(0.75), 0.003, (-1.2, -0.02)),
+  "host": (math.log(2.0), 0.003, (-0.5, 2.0)),
+  "slices": (math.log(0.02), 0.0003, (-7.0, -2.0)),
+}
+_CHIP_PULL, _CHIP_BOUND = 0.1, 0.3  # the same of a chip's own clock factor to that of all
 COVERAGE = 0.8
 FILE = pathlib.Path(__file__).with_name("calibration.json")
 
@@ -64,11 +71,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """Logarithms: of the clock factor, attention, host factor; and a chip's own clock factor beside that of all."""
+  """Logarithms of the constants, and of a chip's own clock factor beside that of all."""
 
   clock: float
   attention: float
+  grouped: float
   host: float
+  slices: float
   chips: dict[str, float]
 
   def rates(self, chip: Chip) -> Rates:
@@ -76,8 +85,9 @@ class Fit:
     nominal = chip.bf16 / chip.devices / _PER_CYCLE[chip.name]
     host = (chip.host_bytes or _HOST * chip.devices) / chip.devices
     return Rates(
-      clock=nominal * math.exp(self.clock + self.chips.get(chip.name, 0.0)), attention=math.exp(self.attention),
-      grouped=GROUPED, links=1.0, host=host * math.exp(self.host),
+      clock=nominal * math.exp(self.clock + self.chips.get(chip.name, 0.0)), attention=math.exp(self.attention) * min(1.0, 128 / chip.tile),
+      grouped=math.exp(self.grouped), links=1.0, host=host * math.exp(self.host),
+      slices=math.exp(self.slices),
     )  # fmt: skip
 
 
@@ -103,20 +113,38 @@ def fit(rows: Sequence[Row]) -> Fit:
   from scipy import optimize
 
   chips = sorted({row.chip for row in rows})
+  priors, weights, bounds = map(list, zip(*_CONSTANTS.values()))
+  priors += [0.0] * len(chips)
+  pulls = np.sqrt(weights + [_CHIP_PULL] * len(chips))
+  low, high = np.transpose(bounds + [(-_CHIP_BOUND, _CHIP_BOUND)] * len(chips))
 
   def make(x: np.ndarray) -> Fit:
-    return Fit(x[0], x[1], x[2], dict(zip(chips, x[3:])))
+    values = x.tolist()
+    return Fit(**dict(zip(_CONSTANTS, values)), chips=dict(zip(chips, values[len(_CONSTANTS) :])))
 
-  def loss(x: np.ndarray) -> float:
+  def errors(x: np.ndarray) -> np.ndarray:
     made = make(x)
-    errors = [math.log(predicted(row, made) / row.seconds) for row in rows]
-    pulls = [w * (a - b) ** 2 for a, b, w in zip(x, _PRIOR, _PULL)]
-    return 100 * (sum(e**2 for e in errors) + sum(pulls) + _CHIP_PULL * sum(v**2 for v in x[3:]))
+    return np.array([math.log(predicted(row, made) / row.seconds) for row in rows] + list(pulls * (x - priors)))
 
-  start = np.array([*_PRIOR, *[0.0] * len(chips)])
-  found = optimize.minimize(loss, start, method="Powell", bounds=[(-0.4, 0.4), (-1.6, -0.05), (-0.5, 2.0),
-                                                                  *[(-0.3, 0.3)] * len(chips)])  # fmt: skip
-  return make(found.x)
+  def slopes(x: np.ndarray, step: float = 1e-4) -> np.ndarray:
+    return np.stack([(errors(x + d) - errors(x - d)) / (2 * step) for d in step * np.eye(len(x))], axis=1)
+
+  options: dict[str, Any] = {"jac": slopes, "bounds": (low, high), "ftol": 1e-6, "xtol": 1e-5, "max_nfev": 30}
+  return make(optimize.least_squares(errors, priors, **options).x)
+
+
+def _group(row: Row, key: str) -> str | tuple[str, str]:
+  return row.chip if key == "chip" else (row.model, row.chip)
+
+
+@functools.cache
+def _without(key: str) -> dict[str | tuple[str, str], Fit]:
+  """Group of rows -> the fit of all others."""
+  out = {}
+  for group in dict.fromkeys(_group(r, key) for r in rows()):
+    others = [r for r in rows() if _group(r, key) != group]
+    out[group] = fit(others) if others else Fit(**{k: prior for k, (prior, _, _) in _CONSTANTS.items()}, chips={})
+  return out
 
 
 def left_out(key: str) -> dict[str, float]:
@@ -125,19 +153,13 @@ def left_out(key: str) -> dict[str, float]:
   Args:
     key: "chip", or "model": the rows of the same model on the same chip.
   """
-  same = (lambda r: r.chip) if key == "chip" else (lambda r: (r.model, r.chip))
-  out = {}
-  for group in dict.fromkeys(map(same, rows())):
-    others = [r for r in rows() if same(r) != group]
-    made = fit(others) if others else Fit(*_PRIOR, {})
-    out |= {r.name: predicted(r, made) / r.seconds - 1 for r in rows() if same(r) == group}
-  return out
+  return {r.name: predicted(r, _without(key)[_group(r, key)]) / r.seconds - 1 for r in rows()}
 
 
 @functools.cache
-def _fitted() -> tuple[Fit, float]:
+def _fitted() -> tuple[Fit, float, tuple[float, float]]:
   data = json.loads(FILE.read_text())["fit"]
-  return Fit(data["clock"], data["attention"], data["host"], data["chips"]), data["spread"]
+  return Fit(**{k: data[k] for k in (*_CONSTANTS, "chips")}), data["spread"], tuple(data["experts"])
 
 
 def rates(chip: Chip) -> Rates:
@@ -151,10 +173,12 @@ def interval(chip: Chip, experts: float = 0.0) -> tuple[float, float]:
   From the errors of rows whose model and chip were left out; twice as wide for a chip without a row.
 
   Args:
-    experts: share of the step in kernels of experts: as no row has them, it is widened by the range that is assumed.
+    experts: share of the step in kernels of experts, which few rows have: it is widened by what their rate changes when
+      one of the models that have them is left out.
   """
-  spread = _fitted()[1] * (1 if chip.name in _fitted()[0].chips else 2)
-  slow, fast = (experts * (GROUPED / reached - 1) for reached in GROUPED_RANGE)
+  made, spread, reached = _fitted()
+  spread *= 1 if chip.name in made.chips else 2
+  slow, fast = (experts * (math.exp(made.grouped - log) - 1) for log in reached)
   return math.exp(-spread) + fast, math.exp(spread) + slow
 
 
@@ -178,15 +202,27 @@ def write(made: list[dict[str, Any]]) -> None:
   lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in made)
   for fitted in ({}, None):  # the rows are there before they are fitted
     FILE.write_text(f'{{"fit": {json.dumps(refit() if fitted is None else fitted)},\n"rows": [\n{lines}\n]}}\n')
-    rows.cache_clear()
-    _fitted.cache_clear()
+    for cached in (rows, _without, _fitted):
+      cached.cache_clear()
 
 
 def refit() -> dict:
-  """What `calibration.json` keeps of a fit of all rows. The spread is that which covers `COVERAGE` of the errors."""
+  """What `calibration.json` keeps of a fit of all rows.
+
+  Spread: that which covers `COVERAGE` of the errors. Experts: the least and largest rate of their kernels without one of
+  the models that have them, or around the prior where none has.
+  """
   made, errors = fit(rows()), sorted(abs(math.log1p(e)) for e in left_out("model").values())
   spread = errors[min(len(errors) - 1, math.ceil(COVERAGE * (len(errors) + 1)) - 1)]
-  return {**dataclasses.asdict(made), "spread": spread}
+  models = {_group(r, "model") for r in rows() if _has_experts(r.events)}
+  reached = [made.grouped, *(_without("model")[m].grouped for m in models)]
+  reached += [made.grouped + side for side in (-0.2, 0.2)] if not models else []
+  return {**dataclasses.asdict(made), "spread": spread, "experts": [min(reached), max(reached)]}
+
+
+def _has_experts(events: trace.Trace) -> bool:
+  return any(_has_experts(e.body) if isinstance(e, trace.Loop) else isinstance(e, trace.Work) and e.kind == "grouped"
+             for e in events)  # fmt: skip
 
 
 def report() -> str:
@@ -209,7 +245,7 @@ def report() -> str:
   lines.append(f"the 80% interval is {low - 1:+.1%} to {high - 1:+.1%}: {inside} of {len(rows())} rows are in that of their "
                "prediction without their model and chip, from which it was made")  # fmt: skip
   lines.append("constants: " + ", ".join(f"{k} {math.exp(v):.3f}" for k, v in
-               (("clock", made.clock), ("attention", made.attention), ("host", made.host), *made.chips.items())))  # fmt: skip
+               (*((k, getattr(made, k)) for k in _CONSTANTS), *made.chips.items())))  # fmt: skip
   return "\n".join(lines)
 
 

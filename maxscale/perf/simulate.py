@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 
 from maxscale.perf import network
 from maxscale.perf.hardware import Chip
@@ -20,10 +21,11 @@ class Rates:
 
   Attributes:
     clock: cycles a second that turn the compiler's estimates into seconds.
-    attention: fraction of the peak that attention kernels reach on the blocks that they compute.
+    attention: fraction of the peak that attention kernels with heads of 128 reach on the blocks that they compute.
     grouped: the same of the experts' kernels.
     links: fraction of the usable link rate that collectives reach.
     host: bytes/s one way between a device and its host's memory.
+    slices: share of a step that each doubling of slices adds to it, since each waits for the slowest.
   """
 
   clock: float
@@ -31,6 +33,7 @@ class Rates:
   grouped: float
   links: float
   host: float
+  slices: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,16 @@ def label(move: Move) -> str:
 
 def run(trace: Trace, chip: Chip, rates: Rates) -> Timeline:
   """The timeline of a step on a device of the chip."""
-  return Timeline(*_walk(trace, chip, rates))
+  seconds, spans, _ = _walk(trace, chip, rates)
+  late = seconds * rates.slices * math.log2(_slices(trace))
+  if late:
+    spans += (Span(seconds, seconds + late, "dcn", Move("wait", 0.0, slices=_slices(trace)), waited=late),)
+  return Timeline(seconds + late, spans)
+
+
+def _slices(trace: Trace) -> int:
+  return max((_slices(e.body) if isinstance(e, Loop) else e.move.slices for e in trace if not isinstance(e, Work | Done)),
+             default=1)  # fmt: skip
 
 
 def seconds_of(what: Work | Move, chip: Chip, rates: Rates) -> float:
@@ -110,7 +122,9 @@ def seconds_of(what: Work | Move, chip: Chip, rates: Rates) -> float:
       return network.dcn_seconds(what.kind, what.bytes, chip, what.slices)
     return network.seconds(what.kind, what.bytes, chip, what.dims, what.share * rates.links, what.hops)
   peak, memory = chip.bf16 / chip.devices, chip.hbm_bytes / chip.devices
-  reached = {"attention": rates.attention, "grouped": rates.grouped, "kernel": rates.grouped}.get(what.kind, 1.0)
+  reached = {"attention": rates.attention * what.fill, "grouped": rates.grouped, "kernel": rates.grouped}.get(
+    what.kind, 1.0
+  )
   return what.cycles / rates.clock + max(what.flops / (peak * reached), what.bytes / memory)
 
 
@@ -118,22 +132,27 @@ def _resource(move: Move) -> str:
   return "host" if move.kind in HOST else "dcn" if move.slices > 1 else "links"
 
 
-def _walk(trace: tuple[Event, ...], chip: Chip, rates: Rates) -> tuple[float, tuple[Span, ...]]:
+def _walk(
+  trace: tuple[Event, ...], chip: Chip, rates: Rates
+) -> tuple[float, tuple[Span, ...], dict[str, float]]:  # fmt: skip
+  """Seconds and spans of a body, and the seconds for which it uses each lane of links or buses."""
   now, spans = 0.0, []
-  free: dict[str, float] = collections.defaultdict(float)  # when each resource has done what was given to it
-  ends: dict[int, tuple[float, int]] = {}
+  free: dict[str, float] = collections.defaultdict(float)  # when each lane has done what was given to it
+  used: dict[str, float] = collections.defaultdict(float)
+  ends: dict[int, tuple[str, float, int]] = {}
 
-  def begin(move: Move) -> float:
+  def begin(move: Move) -> tuple[str, float, int]:
     resource = _resource(move)
     # Both directions of the host's bus work at once, and of the links for permutations; other collectives have all links,
     # one after another.
     lane = move.kind if resource == "host" else move.lane or resource
-    start = max(now, free[lane])
-    free[lane] = start + seconds_of(move, chip, rates)
+    start, seconds = max(now, free[lane]), seconds_of(move, chip, rates)
+    free[lane] = start + seconds
+    used[lane] += seconds
     spans.append(Span(start, free[lane], resource, move))
-    return free[lane]
+    return lane, free[lane], len(spans) - 1
 
-  def wait(end: float, index: int) -> float:
+  def wait(_: str, end: float, index: int) -> float:
     if end > now:
       spans[index] = dataclasses.replace(spans[index], waited=end - now)
     return max(now, end)
@@ -143,15 +162,23 @@ def _walk(trace: tuple[Event, ...], chip: Chip, rates: Rates) -> tuple[float, tu
       spans.append(Span(now, now + seconds_of(event, chip, rates), "core", event))
       now = spans[-1].end
     elif isinstance(event, Loop):
-      one, inside = _walk(event.body, chip, rates)
+      one, inside, inner = _walk(event.body, chip, rates)
+      for lane, seconds in inner.items():  # what goes on beside the loop has the lane when the loop does not use it
+        used[lane] += seconds * event.times
+        if free[lane] > now:
+          free[lane] += seconds * event.times
+      for key, (lane, end, index) in ends.items():
+        if end > now and lane in inner:
+          ends[key] = lane, end + inner[lane] * event.times, index
+          spans[index] = dataclasses.replace(spans[index], end=ends[key][1])
       spans.append(Span(now, now + one * event.times, "core", event, inside=inside))
       now = spans[-1].end
     elif isinstance(event, Sync):
-      now = wait(begin(event.move), len(spans) - 1)
+      now = wait(*begin(event.move))
     elif isinstance(event, Start):
-      ends[event.key] = begin(event.move), len(spans) - 1
+      ends[event.key] = begin(event.move)
     elif isinstance(event, Done):
       now = wait(*ends.pop(event.key))
-  for end, index in ends.values():  # nothing in this body waits for it: it ends with the body
-    now = wait(end, index)
-  return now, tuple(spans)
+  for lane, end, index in ends.values():  # nothing in this body waits for it: it ends with the body
+    now = wait(lane, end, index)
+  return now, tuple(spans), used

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from maxscale.perf import collectives
+from maxscale.perf.hardware import chip_of
 from maxscale.perf.network import Dims
 from maxscale.perf.program import Instruction, Program, Step
 from maxscale.sharding import topology
@@ -35,9 +36,11 @@ class Work:
     kind: of `WORK`; `grouped` are products of experts, `kernel` another kernel.
     part: what of the model it belongs to, and whether it is its forward, recomputed or backward pass: "mlp backward".
     cycles: the compiler's estimate; kernels have none.
-    flops, bytes: of a kernel: what it executes (blocks that are only half visible count whole), what it moves in HBM.
+    flops, bytes: of a kernel: what it executes (blocks that are only half visible and tiles of rows of which a group of
+      experts' rows has only some count whole), what it moves in HBM.
     useful: FLOPs of those that the mask leaves.
     count: instructions that it stands for.
+    fill: of attention: what its heads fill of a matrix unit, over what heads of 128 fill.
   """
 
   kind: str
@@ -47,6 +50,7 @@ class Work:
   bytes: float = 0.0
   useful: float = 0.0
   count: int = 1
+  fill: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +140,7 @@ class _Reader:
     extent = tuple(int(n) for n in np.ptp(self.places[:, :3], axis=0) + 1)
     self.extent, self.closed = extent, topology.wraps(device_kind, extent[: 2 if extent[2] == 1 else 3])
     self.cores = int(self.places[:, 3].max()) + 1
+    self.tile = chip.tile if (chip := chip_of(device_kind)) else 1
 
   def events(self, computation: str) -> Trace:
     body = self.program.computations[computation]
@@ -197,10 +202,7 @@ class _Reader:
     if i.opcode == "custom-call":
       if _MOSAIC not in i.text:
         return None
-      work = _kernel(i, part, self.program)
-      if work.kind == "grouped":
-        return dataclasses.replace(work, flops=work.flops / self.spare, useful=work.useful / self.spare)
-      return work
+      return _kernel(i, part, self.program, self.tile, self.spare)
     if i.unknown:
       return Work("kernel", part)  # like a kernel without a cost: nobody knows
     return Work(kind, part, i.cycles) if i.cycles else None
@@ -274,33 +276,48 @@ _CHAIN = re.compile(r'chain_id="?(\w+)')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _ESTIMATE = re.compile(r'"cost_estimate": ?\{([^}]*)\}')
 _SPLASH = re.compile(r"(?:splash|flash)\w*?_(fwd|dkv|dq)")
+_TILE_ROWS = re.compile(r'(?:"tile_m\\?": |\btm_)(\d+)')
 _GROUPED = re.compile(r"gmm|ragged|grouped|megablox|outer|product")
 
 
-def _kernel(i: Instruction, part: str, program: Program) -> Work:
+def _kernel(i: Instruction, part: str, program: Program, tile: int, spare: float) -> Work:
   """A Mosaic kernel: what it executes, by the cost that its author gave it, or by the shapes of attention."""
-  arrays = [(d, tuple(map(int, filter(None, dims.split(","))))) for d, dims, _ in _ARRAY.findall(_operands(i))]
+  arrays = _arrays(_operands(i))
   if (found := _SPLASH.search(i.name + " " + i.op_name)) and arrays:
-    return _attention(i, found.group(1), arrays, part, program)
-  if estimate := _ESTIMATE.search(i.text):
-    numbers = {k: float(v) for k, v in re.findall(r'"(\w+)":"?([\d.e+]+)', estimate.group(1))}
-    kind = "grouped" if _GROUPED.search(i.name + i.op_name.rsplit("/", 2)[-1]) else "kernel"
-    flops = numbers.get("flops", 0.0)
-    return Work(kind, part, 0, flops, numbers.get("bytes_accessed", 0.0), flops)
-  return Work("kernel", part)
+    return _attention(i, found.group(1), arrays, part, program, tile)
+  if not (estimate := _ESTIMATE.search(i.text)):
+    return Work("kernel", part)
+  numbers = {k: float(v) for k, v in re.findall(r'"(\w+)":"?([\d.e+]+)', estimate.group(1))}
+  flops, moved = numbers.get("flops", 0.0), numbers.get("bytes_accessed", 0.0)
+  if not _GROUPED.search(i.name + i.op_name.rsplit("/", 2)[-1]):
+    return Work("kernel", part, 0, flops, moved, flops)
+  return Work("grouped", part, 0, flops / spare * _visited(i, arrays, tile, spare), moved, flops / spare)
 
 
-def _attention(i: Instruction, phase: str, arrays: list, part: str, program: Program) -> Work:
-  """Of operands q [.., n, t, h], k [.., k, s, h], v: the matmuls of the phase over the blocks that have a visible key."""
+def _visited(i: Instruction, arrays: list, tile: int, spare: float) -> float:
+  """Rows of all tiles that a product of experts visits, over the rows: at the end of a group a tile is visited twice."""
+  stacks = [shape for _, shape in arrays + _arrays(i.type) if len(shape) == 3]
+  rows = max((shape[0] for dtype, shape in arrays if len(shape) == 2 and dtype[0] not in "su"), default=0)
+  if not stacks or not rows:
+    return 1.0
+  said = _TILE_ROWS.search(f"{i.name} {i.text}")
+  return 1.0 + (stacks[0][0] - 1) * (int(said.group(1)) if said else tile) * spare / rows
+
+
+def _attention(i: Instruction, phase: str, arrays: list, part: str, program: Program, tile: int) -> Work:
+  """Of operands q [.., n, t, h], k [.., k, s, h], v: the matmuls of the phase over the blocks that have a visible key.
+
+  Each has one dimension that is the width of a head; where that is less than a matrix unit, the rest of it is idle.
+  """
   q, _, v = [shape for dtype, shape in arrays if dtype in ("bf16", "f32", "f16") and len(shape) >= 3][:3]
   # Of the last two dimensions the longer is the sequence: which of them is minor is a choice of layout.
   (t, qk), (s, wide) = sorted(q[-2:], reverse=True), sorted(v[-2:], reverse=True)
   fused = not any("_dq_" in j.name for body in program.computations.values() for j in body if j.opcode == "custom-call")
-  widths = {"fwd": qk + wide, "dkv": 3 * qk + 2 * wide if fused else 2 * qk + 2 * wide, "dq": 2 * qk + wide}[phase]
+  a, b = {"fwd": (1, 1), "dkv": (3, 2) if fused else (2, 2), "dq": (2, 1)}[phase]
   suffix = "" if phase == "fwd" else f"_{phase}"
   blocks = {side: int(m.group(1)) for side in ("q", "kv")
             if (m := re.search(rf'block_{side}{suffix}\\?": (\d+)', i.text))}  # fmt: skip
-  full, useful = 2.0 * math.prod(q[:-2]) * t * s * widths, 0.5
+  pairs, useful = float(math.prod(q[:-2]) * t * s), 0.5
   share = useful
   if len(blocks) == 2:
     rows, columns = max(1, t // blocks["q"]), max(1, s // blocks["kv"])
@@ -312,7 +329,13 @@ def _attention(i: Instruction, phase: str, arrays: list, part: str, program: Pro
     listed = next((shape[0] for dtype, shape in arrays if dtype in ("s8", "s32") and len(shape) == 1), seen)
     share = min(seen, listed) / (rows * columns)  # a list of blocks may be padded
     useful = min(useful, share)
-  return Work("attention", part, 0, full * share, 0.0, full * useful)
+  width, whole = a * qk + b * wide, (a * -(-qk // tile) + b * -(-wide // tile)) * tile
+  full = 2 * pairs * width
+  return Work("attention", part, 0, full * share, 0.0, full * useful, fill=width / whole / min(1.0, 128 / tile))
+
+
+def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+  return [(d, tuple(map(int, filter(None, dims.split(","))))) for d, dims, _ in _ARRAY.findall(text)]
 
 
 def _operands(i: Instruction) -> str:

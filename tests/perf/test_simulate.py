@@ -1,5 +1,6 @@
 """The walk of a schedule: seconds by hand, for transfers alone, beside work, in loops, and for a program's text."""
 
+import dataclasses
 import json
 
 import pytest
@@ -287,3 +288,46 @@ def test_experts_are_counted_for_the_rows_that_come():
   ROOT %k = bf16[64,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/experts/grouped_product"}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","bytes_accessed":"10"}}}"""
   (whole,), (half,) = events(kernel), events(kernel, spare=2.0)
   assert whole.kind == "grouped" and (whole.flops, half.flops) == (1000, 500)
+
+
+@pytest.mark.parametrize(
+  "kind, said, tile", [("TPU v5", "", 128), ("TPU7x", "", 256), ("TPU7x", "tile_m", 512), ("TPU7x", "-tm_", 64)]
+)
+def test_a_tile_is_visited_again_where_a_group_ends(kind, said, tile):
+  """8 groups of 4096 rows: 7 tiles more than there are; of a buffer with twice the rows that come, more of them."""
+  name = f"gmm-m_4096-tm_{tile}" if said == "-tm_" else "grouped_product"
+  note = f'"xprof_metadata":"{{\\"tiling\\": {{\\"tile_m\\": {tile}}}}}", ' if said == "tile_m" else ""
+  kernel = f"""  %x = bf16[4096,128]{{1,0}} parameter(0)
+  ROOT %{name}.1 = bf16[4096,256]{{1,0}} custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={{s32[9]{{0}}, bf16[4096,128]{{1,0}}, bf16[8,128,256]{{2,1,0}}}}, metadata={{op_name="jit(f)/pallas_call"}}, backend_config={{{note}"custom_call_config":{{"cost_estimate":{{"flops":"1000","bytes_accessed":"10"}}}}}}"""
+  (whole,), (half,) = events(kernel, kind=kind), events(kernel, kind=kind, spare=2.0)
+  assert whole.flops == pytest.approx(1000 * (1 + 7 * tile / 4096)) and whole.useful == 1000
+  assert half.flops == pytest.approx(500 * (1 + 7 * tile / 2048)) and half.useful == 500
+
+
+@pytest.mark.parametrize("kind, head, fill", [("TPU v5", 128, 1), ("TPU v5", 256, 1), ("TPU v5", 192, 0.75),
+                                              ("TPU v6 lite", 128, 1), ("TPU v6 lite", 256, 2), ("TPU v6 lite", 64, 0.5)])  # fmt: skip
+def test_heads_fill_matrix_units(kind, head, fill):
+  """Units of 128 on v5p, of 256 on v6e, where heads of 128 leave half of each idle."""
+  entry = TEXT[TEXT.index("  %q = ") : TEXT.index("  %zero = ")].replace("%kernel", "ROOT %kernel")
+  (kernel,) = events(entry.replace("1024,128]", f"1024,{head}]"), kind=kind, places=[(0, 0, 0, 0, 0)])
+  assert kernel.fill == fill and kernel.flops == 2.0 * 8 * 1024 * 1024 * 2 * head * 6 / 8
+  slow = simulate.seconds_of(dataclasses.replace(kernel, fill=1.0), V5P, RATES)
+  assert simulate.seconds_of(kernel, V5P, RATES) == pytest.approx(slow / fill)
+
+
+def test_a_transfer_beside_a_loop_waits_for_those_inside():
+  """10 ms of links beside 8 trips of 2 ms, in each of which a gather has them for 1 ms: 8 ms are left to it."""
+  loop = Loop(8, (Start(1, gather(1)), work(2), Done(1)))
+  made = simulate.run((Start(2, gather(10)), loop, Done(2)), V5P, RATES)
+  assert made.seconds == pytest.approx(18e-3) and made.classes()["exposed all-gather ICI"] == pytest.approx(2e-3)
+  assert simulate.run((Start(2, gather(7)), loop, Done(2)), V5P, RATES).seconds == pytest.approx(16e-3)
+
+
+def test_each_doubling_of_slices_adds_its_share():
+  rates = simulate.Rates(clock=1e9, attention=0.5, grouped=0.8, links=1.0, host=1e10, slices=0.02)
+  one, eight = (
+    simulate.run((Loop(2, (Sync(Move("all-reduce", 0.0, slices=n)), work(50))),), V5P, rates) for n in (1, 8)
+  )
+  assert one.seconds == pytest.approx(0.1) and eight.seconds == pytest.approx(0.1002 * 1.06)
+  assert eight.classes()["exposed wait DCN"] == pytest.approx(0.1002 * 0.06)
+  assert sum(eight.totals().values()) == pytest.approx(eight.seconds)
