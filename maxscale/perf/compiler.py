@@ -97,8 +97,6 @@ OPTIONS = (
   Option(_VMEM, "40960", _V5E + _V5P + _7X, ("moe",), "compile", "the experts' kernels need it (models/grouped.py)",
          "compiles for v5p:4x4x4 with the default of 16 MiB fail by 2.75 MiB, libtpu 0.0.42"),
   Option(_VMEM, "81920", _V6E, ("moe",), "compile", "the same", "MaxText's recipes for v6e, models with experts"),
-  Option(_VMEM, "65536", _V5P + _7X, ("tuned", "moe"), "compile", "for larger tiles of matmuls, as in dense models",
-         "as of dense models"),
   Option("optimization_level", "19", _GPUS, (), "compile",  # O1 (jax._src.config.EffortLevel)
          "the latency-hiding scheduler with the speed-of-light model, pipelined collectives, unrolled loops",
          "XLA's documentation of GPU optimisation levels; not tried here"),
