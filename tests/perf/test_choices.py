@@ -239,7 +239,7 @@ def test_every_replacement_changes_the_step():
 
 SMALL = {"model.layers": 2, "model.embed": 256, "model.mlp": 256, "model.heads": 2, "model.kv_heads": 1,
          "model.head_dim": 128,
-         "model.vocab_size": 1024, "data.batch_size": 8, "data.length": 2048, "mesh.topology": "v5p:2x2x1",
+         "model.vocab_size": 1024, "data.batch_size": 16, "data.length": 2048, "mesh.topology": "v5p:2x2x1",
          "mesh.expert": 1}  # fmt: skip
 
 
