@@ -48,8 +48,9 @@ class Efficiency:
     vector: of that, of elementwise passes: v6e norms and stacks of kept values ran at about half in schedules.
     overlap: part of a layer's compute behind which gathers and scatters of its weights hide. Schedules hid all of them
       once the SparseCores, or fusions on v5e, carry them (perf/compiler.py); TPU v4 has neither.
-    piped: part of the gathers and scatters of weights that hides in a pipeline, where no layer's gather starts before the
-      one in front of it ends: 0.17 in a schedule.
+    most: part of them that hides at most: 0.74 to 0.92 in schedules, in pipelines as elsewhere.
+    tight: that part where programs take more than `full` of the memory that they may: gathers then start when they are
+      waited for. 0.03 and 0.17 in schedules with 99% (v5p) and 96% (v6e); at 91% as anywhere.
     beside: part of the gathers and scatters of activations (not of exchanges between experts) that hides in backward,
       behind products for weights: 0.69 in a schedule. In forward everything waits for them.
     reserved: bytes of a device's HBM that programs may not use: programs were refused beyond 31.25 of 32 GiB on v6e.
@@ -63,7 +64,9 @@ class Efficiency:
   stream: float = 0.85
   vector: float = 0.5
   overlap: float = 0.95
-  piped: float = 0.2
+  most: float = 0.85
+  tight: float = 0.1
+  full: float = 0.95
   beside: float = 0.65
   reserved: float = 0.75 * GIB
 
@@ -212,7 +215,11 @@ class Clock:
     return times[1] + (1 - self.e.hidden) * times[0] + self.e.launch
 
   def kernel(self, k: Kernel) -> float:
-    return k.flops / (self.peak * self.attention) + self.e.launch
+    """The rate is that of heads of 128: others fill more or less of a matrix unit."""
+    tile = self.chip.tile
+    whole = (k.score * math.ceil(k.qk / tile) + k.mix * math.ceil(k.v / tile)) * tile
+    fill = (k.score * k.qk + k.mix * k.v) / whole / min(1.0, 128 / tile)
+    return k.flops / (self.peak * self.attention * fill) + self.e.launch
 
   def transfer(self, t: traffic.Transfer) -> float:
     """Seconds of one execution."""
@@ -239,8 +246,8 @@ class Clock:
     across = len(np.unique(group // self.chip.domain))
     return network.switch_seconds(t.kind, t.bytes, self.chip, size, across)
 
-  def part(self, p: Part) -> dict[str, float]:
-    """Class -> seconds of all executions of a part."""
+  def part(self, p: Part, tight: bool = False) -> dict[str, float]:
+    """Class -> seconds of all executions of a part, of a program that takes nearly all memory or not."""
     out: dict[str, float] = collections.defaultdict(float)
     for d in p.dots:
       if d not in self.dots:
@@ -249,15 +256,15 @@ class Clock:
     out["attention"] = sum(map(self.kernel, p.kernels))
     out["vector"] = p.vector / (self.hbm * self.e.vector)
     compute = sum(out.values())
-    piped = self.e.piped if self.rules.sizes["pipeline"] > 1 else 1.0
+    most = self.e.tight if tight else self.e.most
     beside = self.e.beside if "backward" in p.name else 0.0
     # behind how many seconds of work each hides, and which part of it does at most
     rooms = {
-      "weights": (self.overlap * compute, piped),
+      "weights": (self.overlap * compute, most),
       "ring": (out["attention"], 1.0),
       "moves": (0.3 * compute, beside),
     }
-    for group, (room, most) in rooms.items():
+    for group, (room, share) in rooms.items():
       links: dict[str, float] = collections.defaultdict(float)
       for whole in getattr(p, group):
         for t in traffic.by_slices([whole], self.rules) if self.rules.slices else (whole,):
@@ -270,7 +277,7 @@ class Clock:
             links[f"ici {name}"] += taken
       total = sum(links.values())
       for name, taken in links.items():
-        out[name] += taken * max(1 - most, 1 - room / total) if total else 0.0
+        out[name] += taken * max(1 - share, 1 - room / total) if total else 0.0
     if p.offload:
       out["offload"] = max(0.0, p.offload / (self.chip.host_bytes or 16e9) * self.chip.devices - compute)
     return {name: p.times * s for name, s in out.items() if s}
@@ -296,7 +303,9 @@ def of(work: Work, clock: Clock) -> Estimate:
   """What a step takes, by its parts and the seconds of each."""
   step, chip = work.local.step, clock.chip
   config = step.config
-  timed = [(p, clock.part(p)) for p in work.parts]
+  memory, limit = footprint.memory(work), chip.hbm / chip.devices - clock.e.reserved
+  tight = sum(memory.values()) > clock.e.full * limit
+  timed = [(p, clock.part(p, tight)) for p in work.parts]
   seconds: dict[str, float] = collections.defaultdict(float)
   for _, found in timed:
     for name, s in found.items():
@@ -310,7 +319,6 @@ def of(work: Work, clock: Clock) -> Estimate:
     moments = work.local.state_bytes[1]
     seconds["offload"] = seconds.get("offload", 0.0) + moments * chip.devices / (chip.host_bytes or 16e9)
   total = sum(seconds.values())
-  memory, limit = footprint.memory(work), chip.hbm / chip.devices - clock.e.reserved
   tokens = config.data.batch_size * config.data.length
   per_chip = tokens / total / (clock.shape.devices / chip.devices)
   model = flops.from_config(config, config.model.vocab_size)

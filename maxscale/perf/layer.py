@@ -30,6 +30,7 @@ class Node:
     moves, back: collectives of forward and of backward.
     vector, vector_back: bytes of elementwise passes.
     others, others_back: products without weights, of forward and of backward.
+    beside: values that the same kernel makes: one is not computed again without the other.
   """
 
   out: str
@@ -45,6 +46,7 @@ class Node:
   vector_back: float = 0.0
   others: tuple[Dot, ...] = ()
   others_back: tuple[Dot, ...] = ()
+  beside: tuple[str, ...] = ()
 
 
 def values(d: Local, stack: str, window: int, dense: bool) -> list[Node]:
@@ -258,9 +260,11 @@ def _moe(d: Local, stack: str, entry: str) -> list[Node]:
          back=there(1, "reduce-scatter")),
   ]  # fmt: skip
   names = ("gate", "up") if s.m.gated else ("up",)
-  passes = 0 if d.backend == "tpu" and not dense and not s.m.quantize else size  # between products: kernels do them
+  fused = d.backend == "tpu" and not dense and not s.m.quantize  # one kernel for both, and for what is done with them
+  passes = 0 if fused else size
   for name in names:
-    nodes.append(Node(name, ("rows",), ("rows",), size, (product(s.D, width),), (at + name,), vector=2 * passes))
+    nodes.append(Node(name, ("rows",), ("rows",), size, (product(s.D, width),), (at + name,), vector=2 * passes,
+                      beside=names if fused else ()))  # fmt: skip
   nodes += [
     Node("hidden", (*names, "row_gates"), (*names, "row_gates"), size, vector=3 * passes, vector_back=6 * passes),
     Node("experts_out", ("hidden",), ("hidden",), rows * s.D * a, (product(width, s.D),), (at + "down",)),

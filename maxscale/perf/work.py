@@ -93,7 +93,7 @@ class Work:
         continue
       redo.add(value)
       stack += producer[value].ins
-    return redo, kept
+    return redo.union(*(producer[value].beside for value in redo)), kept
 
   def layer_parts(self, stack: str, window: int, dense: bool) -> tuple[Part, Part, float, float]:
     """(forward, backward, bytes kept on the device, bytes of backward's buffers) of a layer."""

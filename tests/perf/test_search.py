@@ -286,9 +286,10 @@ def test_a_childs_seconds_and_bytes_are_those_of_a_plan(monkeypatch):
   monkeypatch.setattr(aot, "compile_step", lambda *_: made)
   found = types.SimpleNamespace(seconds=2.0, low=1.0, high=3.0, classes={"matmul": 2.0})
   monkeypatch.setattr(predict, "predict", lambda _: found)
-  monkeypatch.setattr(predict, "events_of", lambda _: (trace.Work("matmul", "mlp forward", 7),))
+  events = (trace.Work("matmul", "mlp forward", 7),)
+  monkeypatch.setattr(predict, "events_of", lambda _: events)
   assert search.compile_candidate(ref.config(DENSE), TOPOLOGY, 1) == {
-    **vars(found), "hbm": 707, "events": [["matmul", "mlp forward", 7, 0.0, 0.0, 0.0, 1]]
+    **vars(found), "hbm": 707, "events": trace.to_json(events)
   }  # fmt: skip
 
   def unknown(_):
