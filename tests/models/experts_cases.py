@@ -5,6 +5,7 @@ test looks at, as JSON.
 """
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from maxscale import config
-from maxscale.models import experts, kernels, router
+from maxscale.models import expert_mlp, experts, kernels, router
 from maxscale.sharding import context, rules
 from tests.models import reference as ref
 
@@ -67,7 +68,7 @@ def inputs(tokens, ids=None, chosen=ALL, seed=0, kind="silu"):
   return normal(tokens, D), jax.nn.softmax(normal(tokens, A)), jnp.asarray(ids, jnp.int32), weights, normal(tokens, D)
 
 
-def step(mesh, table, factor, kind="silu", dtype="float32", route="sparse", wrap=lambda f: f):
+def step(mesh, table, factor, kind="silu", dtype="float32", route="sparse", exchange=True, wrap=lambda f: f):
   """A function of `inputs` on the devices of a mesh: y, rows dropped by each device, gradients of x, gates, weights."""
   names = {name: NAMES[name] for name in KINDS[kind]}
   rows, weights = table.spec(("batch",), "compute"), {name: table.spec(n, "param") for name, n in names.items()}
@@ -76,7 +77,9 @@ def step(mesh, table, factor, kind="silu", dtype="float32", route="sparse", wrap
   def local(x, gates, ids, weights, dy):
     def f(x, gates, weights):
       used = {"gate": None, **{name: ready(name, w) for name, w in weights.items()}}
-      return experts.experts(x, gates, ids, experts.Weights(**used), kind, factor, route)
+      down_bias = used.pop("down_bias", None)
+      mlp = expert_mlp.Weights(**used)
+      return experts.experts(x, gates, ids, experts.Weights(mlp, down_bias), kind, factor, route, exchange)
 
     y, pull, stats = jax.vjp(wrap(f), x.astype(dtype), gates, weights, has_aux=True)
     dx, dgates, dweights = pull(dy.astype(dtype))
@@ -89,13 +92,13 @@ def step(mesh, table, factor, kind="silu", dtype="float32", route="sparse", wrap
 
 
 @functools.cache
-def program(sizes, *more):
-  return step(*layout(**dict(sizes)), *more)
+def program(sizes, *how, **more):
+  return step(*layout(**dict(sizes)), *how, **more)
 
 
-def split(sizes, args, factor, *more):
+def split(sizes, args, *how, **more):
   """What `step` gives on a layout, as numpy."""
-  return jax.tree.map(np.asarray, program(tuple(sizes.items()), factor, *more)(*args))
+  return jax.tree.map(np.asarray, program(tuple(sizes.items()), *how, **more)(*args))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -115,26 +118,29 @@ def plain(args, fits, kind="silu"):
   return y, *pull(dy)
 
 
-def fitting(ids, parts, factor):
-  """Choices that fit, by counting: bool [tokens, A]. M tokens of a device, `parts` devices exchange."""
+def fitting(ids, parts, factor, exchange=True):
+  """Choices that fit, by counting: bool [tokens, A]. M tokens of a device, `parts` devices exchange or gather."""
   ids = np.asarray(ids).reshape(-1, parts, M, A)  # group, source, token, choice
   fits = np.zeros(ids.shape, bool)
   for group in range(len(ids)):
     for receiver in range(parts):
       free = math.ceil(factor * M * A)
-      for source in range(parts):
-        for expert in range(receiver * E // parts, (receiver + 1) * E // parts):
-          for token, choice in np.argwhere(ids[group, source] == expert):
-            fits[group, source, token, choice] = free > 0
-            free -= 1
+      pairs = itertools.product(range(parts), range(receiver * E // parts, (receiver + 1) * E // parts))
+      for source, expert in pairs if exchange else sorted(pairs, key=lambda pair: pair[::-1]):
+        for token, choice in np.argwhere(ids[group, source] == expert):
+          fits[group, source, token, choice] = free > 0
+          free -= 1
   return fits.reshape(-1, A)
 
 
-def check(sizes, args, factor, kind="silu", *more, tolerance=1e-5):
+def check(sizes, args, factor, kind="silu", tolerance=1e-5, exchange=True, **more):
   """A layout against the plain computation; returns the rows dropped by each device."""
-  fits = fitting(args[2], sizes["expert"], factor)
-  y, dropped, dx, dgates, dweights = split(sizes, args, factor, kind, *more)
-  np.testing.assert_array_equal(dropped, (~fits & (args[2] >= 0)).reshape(blocks(sizes), -1).sum(1))
+  fits = fitting(args[2], sizes["expert"], factor, exchange)
+  y, dropped, dx, dgates, dweights = split(sizes, args, factor, kind, exchange=exchange, **more)
+  lost = (~fits & (args[2] >= 0)).reshape(blocks(sizes), -1).sum(1)
+  if exchange:
+    np.testing.assert_array_equal(dropped, lost)
+  assert dropped.sum() == lost.sum()
   by_name = lambda y, dx, dgates, dweights: {"y": y, "dx": dx, "dgates": dgates, **dweights}  # noqa: E731
   expected = by_name(*plain(args, fits, kind))
   ref.assert_close(by_name(y, dx, dgates, dweights), expected, tolerance, f"{sizes} {kind}")
@@ -164,10 +170,10 @@ def case_the_dense_route_is_the_same():
   for sizes in ({"expert": 1}, WHOLE):
     for kind in KINDS:
       args = inputs(blocks(sizes) * M, ids=with_gaps(blocks(sizes) * M), kind=kind)
-      check(sizes, args, 1.0, kind, "float32", "dense")
+      check(sizes, args, 1.0, kind, route="dense")
       check(sizes, args, 1.0, kind)
   try:
-    split({"expert": 2}, inputs(2 * M), 2.0, "silu", "float32", "dense")
+    split({"expert": 2}, inputs(2 * M), 2.0, route="dense")
   except config.ConfigError as e:
     assert "model.moe.route" in str(e)
   else:
@@ -177,6 +183,27 @@ def case_the_dense_route_is_the_same():
 def case_rows_that_do_not_fit_are_dropped_and_counted():
   for sizes in LAYOUTS[1::2]:
     assert check(sizes, inputs(blocks(sizes) * M, chosen=FEW), 1.0).any()
+
+
+def case_gathered_tokens_are_the_plain_computation():
+  for sizes in LAYOUTS:
+    tokens = blocks(sizes) * M
+    assert not check(sizes, inputs(tokens), sizes["expert"], exchange=False).any()
+    args = inputs(tokens, ids=with_gaps(tokens), kind="clamped_swiglu")
+    assert not check(sizes, args, sizes["expert"], "clamped_swiglu", exchange=False).any()
+    assert check(sizes, inputs(tokens, chosen=FEW), 1.0, exchange=False).any()
+
+
+def case_sums_of_many_tokens_are_made_block_by_block():
+  whole = experts.BLOCK
+  try:
+    for size in (8, 40):  # of 48 tokens
+      experts.BLOCK = size
+      program.cache_clear()
+      check(LAYOUTS[1], inputs(8 * M, chosen=FEW), 1.5, exchange=False)
+  finally:
+    experts.BLOCK = whole
+    program.cache_clear()
 
 
 def case_later_devices_then_later_experts_lose():
@@ -205,31 +232,50 @@ def case_choices_of_no_expert_take_no_room():
 
 
 def case_rows_that_nobody_filled_change_nothing():
-  """With the most careless kernel: it leaves garbage in those rows, and reads them for the gradient of the weights."""
-  real = kernels.grouped_matmul
-  garbage = lambda y, sizes: jnp.where((jnp.arange(len(y)) < sizes.sum())[:, None], y, jnp.nan)  # noqa: E731
-  all_rows = lambda x, sizes: sizes.at[-1].add(len(x) - sizes.sum())  # noqa: E731
+  """With the most careless kernels: they leave garbage in those rows, and read them for the gradient of the weights."""
+  mlp, products = expert_mlp.expert_mlp, expert_mlp.Products
 
-  @jax.custom_vjp
-  def careless(x, w, sizes):
-    return garbage(real(x, w, all_rows(x, sizes)), sizes)
+  def rows(v, sizes, rest):
+    own = jnp.arange(len(v)) < sizes.sum()
+    return jnp.where(own.reshape(-1, *(1,) * (v.ndim - 1)), v, rest)
 
-  def backward(saved, dy):
-    x, w, sizes = saved
-    dx, dw, _ = jax.vjp(real, x, w, all_rows(x, sizes))[1](dy)
-    return garbage(dx, sizes), dw, None
+  class Careless(products):
+    """All that they make of rows has garbage: y, dx, the gradient of gates. Their sums over rows do not read it."""
 
-  careless.defvjp(lambda *args: (careless(*args), args), backward)
+    def forward(self, *args, **beside):
+      return jax.tree.map(lambda v: rows(v, self.sizes, jnp.nan), super().forward(*args, **beside))
+
+    def backward(self, *args, **beside):
+      return jax.tree.map(lambda v: rows(v, self.sizes, jnp.nan), super().backward(*args, **beside))
+
+    def multiply(self, spec, a, b, dtype):
+      if spec == "md,mf->edf":
+        a, b = rows(a, self.sizes, 0), rows(b, self.sizes, 0)
+      return super().multiply(spec, a, b, dtype)
+
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+  def careless(x, gates, sizes, weights, activation):
+    return mlp(x, gates, sizes, weights, activation)
+
+  def backward(activation, kept, dy):
+    x, gates, sizes, weights = kept
+    pull = jax.vjp(lambda x, gates, weights: mlp(x, gates, sizes, weights, activation), x, gates, weights)[1]
+    dx, dgates, dweights = pull(dy)
+    nothing = 0 * (x.sum() + dy.sum())  # if they are finite
+    return dx, dgates, None, jax.tree.map(lambda dw: dw + nothing.astype(dw.dtype), dweights)
+
+  careless.defvjp(lambda *args: (careless(*args), args[:4]), backward)
   program.cache_clear()
-  kernels.grouped_matmul = careless
+  expert_mlp.expert_mlp, expert_mlp.Products = careless, Careless
   try:
     check(LAYOUTS[1], inputs(8 * M, chosen=FEW), 1.5)
     check(LAYOUTS[1], inputs(8 * M), 1.5)
     kind = "clamped_swiglu"
-    check(LAYOUTS[1], inputs(8 * M, chosen=FEW, kind=kind), 1.5, kind)
+    for exchange in (True, False):
+      check(LAYOUTS[1], inputs(8 * M, chosen=FEW, kind=kind), 1.5, kind, exchange=exchange)
     check(WHOLE, inputs(2 * M, ids=with_gaps(2 * M), kind=kind), 1.0, kind)
   finally:
-    kernels.grouped_matmul = real
+    expert_mlp.expert_mlp, expert_mlp.Products = mlp, products
     program.cache_clear()
 
 
@@ -237,15 +283,15 @@ def case_remat_changes_nothing():
   policy = jax.checkpoint_policies.save_only_these_names("gate", "up")
   wrap = functools.partial(jax.checkpoint, policy=policy)
   kind = "clamped_swiglu"
-  check(LAYOUTS[1], inputs(8 * M, chosen=FEW, kind=kind), 1.0, kind, "float32", "sparse", wrap)
+  check(LAYOUTS[1], inputs(8 * M, chosen=FEW, kind=kind), 1.0, kind, wrap=wrap)
 
 
 def case_bfloat16():
   for kind in ("silu", "clamped_swiglu"):
     args = inputs(8 * M, chosen=FEW, kind=kind)
-    y, _, dx, *_ = split(LAYOUTS[1], args, 1.0, kind, "bfloat16")
+    y, _, dx, *_ = split(LAYOUTS[1], args, 1.0, kind, dtype="bfloat16")
     assert y.dtype == dx.dtype == jnp.bfloat16
-    check(LAYOUTS[1], args, 1.0, kind, "bfloat16", tolerance=3e-2)
+    check(LAYOUTS[1], args, 1.0, kind, dtype="bfloat16", tolerance=3e-2)
 
 
 def case_the_program_does_not_grow_with_the_devices():

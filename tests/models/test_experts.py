@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxscale.models import activations, experts, kernels
+from maxscale.models import activations, expert_mlp, experts, kernels
 from tests import multidevice
 from tests.models import reference as ref
 
@@ -94,8 +94,10 @@ def test_experts_and_their_gradients_are_those_of_gpt_oss():
   def f(x, gates, wide, wide_bias, down, down_bias):
     weight = lambda w, *names: kernels.Weight.of(w, names, "float32", "float32")  # noqa: E731
     gate, up = (weight(wide[..., i::2], "experts", "embed", "mlp") for i in (0, 1))
-    weights = experts.Weights(gate, up, weight(down, "experts", "mlp", "embed"), wide_bias[..., ::2],
-                              wide_bias[..., 1::2], down_bias)  # fmt: skip
+    mlp = expert_mlp.Weights(
+      gate, up, weight(down, "experts", "mlp", "embed"), wide_bias[..., ::2], wide_bias[..., 1::2]
+    )
+    weights = experts.Weights(mlp, down_bias)
     return experts.experts(x, gates, jnp.asarray(ids, jnp.int32), weights, "clamped_swiglu", 1.0, "sparse")[0]
 
   y, pull = jax.vjp(f, x, gates, *values)

@@ -4,6 +4,7 @@
 it is a process of its own, because libtpu reads its environment once.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from maxscale.config import ConfigError
-from maxscale.models import kernels, quantise
+from maxscale.models import activations, expert_mlp, kernels, quantise
 from tests.models import reference as ref
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -52,6 +53,23 @@ def mostly_positive(*shape, **how):
 
 def weight(w, kind, dtype=f32, grad_dtype="float32"):
   return kernels.Weight.of(w, (None,) * w.ndim, dtype, grad_dtype, kind)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped(x, w, sizes, backend=None):
+  """A product of rows and their experts, as `expert_mlp` makes it and its gradients."""
+  (y,), _ = expert_mlp.Products(sizes, backend).forward(x, (w,), lambda ys, *_: (ys, ()))
+  return y
+
+
+def _grouped_bwd(backend, kept, dy):
+  x, w, sizes = kept
+  products = expert_mlp.Products(sizes, backend)
+  (dx,), _ = products.backward(dy, w, lambda ys, *_: (ys, ()))
+  return dx, products.weight(w, x, dy), None
+
+
+grouped.defvjp(lambda x, w, sizes, backend: (grouped(x, w, sizes, backend), (x, w.residual(), sizes)), _grouped_bwd)
 
 
 def gradients(f, *args):
@@ -127,10 +145,10 @@ def test_matmul_and_its_gradients(spec, kind):
 @pytest.mark.parametrize(
   "kind, backend", [*((kind, None) for kind in quantise.KINDS), ("int8", "interpret"), ("fp8", "interpret")]
 )
-def test_grouped_matmul_and_its_gradients(kind, backend):
+def test_products_of_experts_and_their_gradients(kind, backend):
   m, rows = sum(SIZES), sum(SIZES) + 3  # the last rows are of no expert
   x, w = mostly_positive(rows, 16), mostly_positive(4, 16, 8, seed=1)
-  y, dy, dx, dw = gradients(lambda x, w: kernels.grouped_matmul(x, weight(w, kind), jnp.int32(SIZES), backend), x, w)
+  y, dy, dx, dw = gradients(lambda x, w: grouped(x, weight(w, kind), jnp.int32(SIZES), backend), x, w)
   backward, dy64 = "int8" if kind.startswith("int8") else E5M2, np.asarray(dy, np.float64)
   x_values, x_scale = rounded(x, axes_of(kind, x, (1,)), forward_dtype(kind))
   w_values, w_scale = rounded(w, axes_of(kind, w, (0, 1)), forward_dtype(kind))  # the experts share their scales
@@ -146,6 +164,26 @@ def test_grouped_matmul_and_its_gradients(kind, backend):
   ref.assert_close(y[:m], wanted_y, 1e-5, "y")
   ref.assert_close(dx[:m], wanted_dx, 1e-5, "dx")
   ref.assert_close(dw, wanted_dw, 1e-5, "dw")
+
+
+@pytest.mark.parametrize("backend", [None, "interpret"])
+@pytest.mark.parametrize("kind", quantise.KINDS)
+def test_the_mlp_of_experts_is_made_of_these_products(kind, backend):
+  m, sizes = sum(SIZES), jnp.int32(SIZES)  # the last rows are of no expert
+  x, gates, down = spread(m + 3, 16), 1 + spread(m + 3, seed=1) / 2, spread(4, 8, 16, seed=2)
+  wide = [spread(4, 16, 8, seed=seed) for seed in (3, 4)]
+
+  def mlp(x, gates, gate, up, down):
+    w = expert_mlp.Weights(*(weight(w, kind) for w in (gate, up, down)))
+    return expert_mlp.expert_mlp(x, gates, sizes, w, "silu", backend)
+
+  def one_by_one(x, gates, gate, up, down):
+    product = lambda x, w: grouped(x, weight(w, kind), sizes, backend)  # noqa: E731
+    return product(activations.hidden("silu", product(x, gate), product(x, up)) * gates[:, None], down)
+
+  for actual, wanted in zip(*(gradients(f, x, gates, *wide, down) for f in (mlp, one_by_one)), strict=True):
+    own = slice(m) if len(wanted) == m + 3 else slice(None)
+    ref.assert_close(actual[own], wanted[own], 1e-6)
 
 
 def step(x, axes, dtype):
@@ -179,9 +217,9 @@ def test_a_row_or_channel_beside_much_larger_ones_keeps_its_digits_only_with_a_s
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_dtypes_are_those_of_x_and_of_the_master(kind):
   x, w = mostly_positive(8, 16, dtype=bf16), mostly_positive(16, 4, seed=1)
-  grouped = lambda x, w: kernels.grouped_matmul(x, weight(w[None], kind, bf16), jnp.int32([8]))  # noqa: E731
+  experts = lambda x, w: grouped(x, weight(w[None], kind, bf16), jnp.int32([8]))  # noqa: E731
   dense = lambda x, w: kernels.matmul("md,df->mf", x, weight(w, kind, bf16))  # noqa: E731
-  for f in (dense, grouped):
+  for f in (dense, experts):
     y, dy, dx, dw = gradients(f, x, w)
     assert (y.dtype, dx.dtype, dw.dtype) == (bf16, bf16, f32)
     ref.assert_close(y, expected(kind, "md,edf->mef", x, w.astype(bf16)[None], dy[:, None])[0][:, 0], 2**-8)
@@ -308,8 +346,8 @@ def compiled():
 
   def gradients(kind, x, w, experts, dy, sizes):
     dense = lambda x, w: kernels.matmul("md,df->mf", x, weight(w, kind, bf16))  # noqa: E731
-    grouped = lambda x, w: kernels.grouped_matmul(x, weight(w, kind, bf16), sizes)  # noqa: E731
-    pulled = [jax.vjp(f, x, v) for f, v in ((dense, w), (grouped, experts))]
+    sparse = lambda x, w: grouped(x, weight(w, kind, bf16), sizes)  # noqa: E731
+    pulled = [jax.vjp(f, x, v) for f, v in ((dense, w), (sparse, experts))]
     return [(y, pull(dy)) for y, pull in pulled]
 
   def read(p, step):
