@@ -94,9 +94,9 @@ OPTIONS = (
          "matmuls take a sixth less: 70 instead of 83 M cycles in a dense step of two layers; a core has 64 MiB",
          "public recipes for TPU7x; schedule for tpu7x:2x2x1, libtpu 0.0.42"),
   # A kernel that XLA lets write into a stack of layers is a fusion to it, and only has what a fusion has.
-  Option(_VMEM, "40960", _V5E + _V5P + _7X, ("moe",), "compile", "the experts' kernels need it (models/grouped.py)",
+  Option(_VMEM, "40960", _V5P + _7X, ("moe",), "compile", "the experts' kernels need it (models/grouped.py)",
          "compiles for v5p:4x4x4 with the default of 16 MiB fail by 2.75 MiB, libtpu 0.0.42"),
-  Option(_VMEM, "81920", _V6E, ("moe",), "compile", "the same", "MaxText's recipes for v6e, models with experts"),
+  Option(_VMEM, "81920", _V5E + _V6E, ("moe",), "compile", "the same", "MaxText's recipes for v6e, models with experts"),
   Option("optimization_level", "19", _GPUS, (), "compile",  # O1 (jax._src.config.EffortLevel)
          "the latency-hiding scheduler with the speed-of-light model, pipelined collectives, unrolled loops",
          "XLA's documentation of GPU optimisation levels; not tried here"),

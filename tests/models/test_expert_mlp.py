@@ -332,11 +332,8 @@ def test_tiles_fit_in_vmem_waste_little_and_keep_both_cores_busy(monkeypatch, ch
       assert ridge * sum(1 / t for t in tile) / products <= (1.25 if chip != "v4" else 2)
 
 
-V5E = pytest.mark.xfail(reason="of tiles of v5e up to 71.5 MiB, perf/compiler.py gives it 40")
-
-
 @pytest.mark.parametrize("d, f", WIDTHS)
-@pytest.mark.parametrize("chip", [pytest.param(chip, marks=[V5E] if chip == "v5e" else []) for chip in CHIPS])
+@pytest.mark.parametrize("chip", CHIPS)
 def test_a_kernel_takes_no_more_vmem_than_a_fusion_may(monkeypatch, chip, d, f):
   """XLA may fuse a kernel with the write of its result into a stack of layers, and then only gives it that."""
   given = compiler.resolve(compiler.chip_of_topology(chip), {"moe"}).compile
