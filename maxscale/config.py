@@ -256,8 +256,8 @@ class Sharding:
     ("ring", "gather", "ulysses"),
   )  # fmt: skip
   experts: str = option(
-    "exchange", RUNTIME, "tokens of split experts: each goes to those that it chose, or all go to all of a group and sums "
-    "come back, which is less from five choices a token on", ("exchange", "gather"),
+    "exchange", RUNTIME, "split experts: a token goes to each that it chose, or to all of a group, from which sums come back",
+    ("exchange", "gather"),
   )  # fmt: skip
   expert_buffer: float = option(
     2.0, RUNTIME, "rows that a device's experts can receive, as a multiple of the balanced load"
