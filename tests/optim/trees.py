@@ -21,7 +21,7 @@ SHAPES = {
   "layers/attention/query_bias": (("heads", "head_dim"), (N, H), 0),
   "layers/attention/out": (("heads", "head_dim", "embed"), (N, H, D), 2),
   "layers/mlp/up": (("experts", "embed", "mlp"), (E, D, F), 1),
-  "layers/mlp/down": (("experts", "mlp", "embed"), (E, F, D), 1),
+  "layers/mlp/down": (("experts", "mlp+embed", None), (E, F, D), 1),
 }
 MATRICES = [path for path, (*_, inputs) in SHAPES.items() if inputs]
 MUON = ["layers/attention/query", "layers/attention/out", "layers/mlp/up", "layers/mlp/down"]
