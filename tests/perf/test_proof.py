@@ -28,18 +28,19 @@ def test_the_closed_form_orders_layouts_as_the_compiler_does(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SERIES)
-def test_compiled_again_layouts_are_the_same(name):
+def test_a_layout_compiled_again_is_the_same(name):
   pytest.importorskip("libtpu")
   series = proof.load(GOLDEN / f"proof_{name}.json.gz")
   if series.versions != search.versions():
     pytest.skip(f"the series is of {series.versions}")
-  before = [(options, said) for options, said in series.found if not said["error"]][:2]
+  before = [(options, said) for options, said in series.found if not said["error"]][-1:]
   again = proof.compile_all(
     dataclasses.replace(series, found=[]), [o for o, _ in before], lambda _: None, lambda _: None
   )
   for (_, said), (_, now) in zip(before, again.found, strict=True):
     assert now["error"] == "" and now["hbm"] == pytest.approx(said["hbm"], rel=1e-3)
-    assert proof.walked(series, now).seconds == pytest.approx(proof.walked(series, said).seconds, rel=1e-3)
+    # Stored traces are those of the reader of their day; it has since learnt which groups share links.
+    assert proof.walked(series, now).seconds == pytest.approx(proof.walked(series, said).seconds, rel=1e-2)
 
 
 # ---- which layouts
