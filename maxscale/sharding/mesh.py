@@ -113,7 +113,8 @@ def count_slices(devices: Sequence[Any], mesh: Mesh) -> int:
 def make(shape: MeshShape, devices: Sequence[Any], boxed: str = "") -> Any:
   """A `jax.sharding.Mesh` with Auto axes over the devices, DCN outermost in every axis.
 
-  On TPU the devices of a slice follow the physical torus (`place`); elsewhere their own order.
+  On TPU the devices of a slice follow the physical torus (`place`, which says what `boxed` does); elsewhere their own
+  order.
   """
   import jax
   import numpy as np

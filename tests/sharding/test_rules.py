@@ -176,3 +176,16 @@ def test_validation_costs_the_same_for_any_number_of_devices_and_touches_none():
   assert not initialised, "a device was touched"
   assert many <= 1.01 * few, f"{few} calls for 64 devices, {many} for 8192"
   assert 120 < large / small < 128  # fsdp grows from 2 to 256; norms stay whole
+
+
+def test_a_dimension_may_have_the_mesh_axes_of_two_names():
+  sizes = {"pipeline": 1, "data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}
+  made = rules.make(Sharding(state={"embed": ["fsdp", "data"]}), sizes)
+  split = {role: made.split("mlp+embed", role) for role in rules.ROLES}
+  assert split == {"compute": ("tensor",), "param": ("tensor", "fsdp"), "state": ("tensor", "fsdp", "data")}
+  made.check("down", ("mlp+embed", None), (32, 5), "state")
+  with pytest.raises(ConfigError, match=r"sharding\.state\.mlp or sharding\.state\.embed"):
+    made.check("down", ("mlp+embed", None), (24, 5), "state")
+  other = rules.make(Sharding(state={"mlp": ["tensor", "data"]}), sizes)
+  with pytest.raises(ConfigError, match="give mlp the same rule in both roles"):
+    other.check("down", ("mlp+embed", None), (32, 5), "state")
