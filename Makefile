@@ -1,6 +1,8 @@
 # Two commands do all the set-up: `make train` and `make test`. PYTHON is any Python from 3.11 on with venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two workers: their compiles fit two cores and 24 GiB. A file stays with one worker, as its tests share what it made.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: train test test-slow test-interop lint perf crash bitflips bench clean
 
@@ -23,13 +25,13 @@ train: .venv/installed
 	$(BIN)/python -m maxscale.train --config configs/tiny.py
 
 test: .venv/installed-dev lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: .venv/installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-interop: .venv/installed-interop
-	$(BIN)/python -m pytest tests/interop tests/models/test_parity.py tests/models/test_plain.py tests/models/test_rope.py \
+	$(PYTEST) tests/interop tests/models/test_parity.py tests/models/test_plain.py tests/models/test_rope.py \
 	  tests/models/test_router.py tests/models/test_experts.py tests/data/test_data_chat.py tests/test_docs.py
 
 lint: .venv/installed-dev

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maxscale.models import quantise
 from maxscale.sharding import context as sharding
@@ -101,6 +102,44 @@ def _matmul_bwd(spec: str, residuals: Any, dy: jax.Array) -> Any:
 
 
 matmul.defvjp(lambda spec, x, w: (matmul(spec, x, w), (x, w.residual())), _matmul_bwd)
+
+Parts = tuple[
+  tuple[int, int], ...
+]  # of the last dimension of a weight: columns, and how many of zeros come behind them
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(0, 1))
+def matmul_parts(spec: str, parts: Parts, x: jax.Array, w: Weight) -> tuple[jax.Array, ...]:
+  """einsum(spec, x, part of w) for each part, in the dtype of x.
+
+  On a TPU a slice of some lanes of activations, or one that makes room beside them, is a pass through HBM; of a weight
+  it is a small one.
+  """
+  ys = (product(spec, x, part, _einsum) for part in _parts(parts, w))
+  return tuple(_widened(y, sum(part)) for y, part in zip(ys, parts))
+
+
+def _parts(parts: Parts, w: Weight) -> list[Weight]:
+  used = jnp.split(w.used, np.cumsum([n for n, _ in parts])[:-1], axis=-1)
+  # quantised, columns of zeros would have a scale, which those of dy would be measured by
+  return [dataclasses.replace(w, used=u if w.quantize else _widened(u, sum(part))) for u, part in zip(used, parts)]
+
+
+def _widened(x: jax.Array, columns: int) -> jax.Array:
+  return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, columns - x.shape[-1]),))
+
+
+def _matmul_parts_bwd(spec: str, parts: Parts, residuals: Any, dys: tuple[jax.Array, ...]) -> Any:
+  x, w = residuals
+  dx, dw = jnp.zeros((), jnp.float32), []
+  for (n, _), part, dy in zip(parts, _parts(parts, w), dys):
+    dy = dy[..., : part.used.shape[-1]]
+    dx += input_gradient(spec, dy, part, _einsum).astype(jnp.float32)
+    dw.append(weight_gradient(spec, x, part, dy, _einsum)[..., :n])
+  return dx.astype(x.dtype), w.cotangent(jnp.concatenate(dw, axis=-1))
+
+
+matmul_parts.defvjp(lambda spec, parts, x, w: (matmul_parts(spec, parts, x, w), (x, w.residual())), _matmul_parts_bwd)
 
 
 @custom_vjp

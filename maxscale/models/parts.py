@@ -101,9 +101,10 @@ class Weights(nnx.Module):
     kind = quantise.rule(self.shape.m.quantize, f"{self.part}/{name}") if w.inputs else ""
     return kernels.Weight.of(self.array(name, region), w.names, dtype, self.shape.grad_dtype, kind)
 
-  def product(self, spec: str, x: jax.Array, name: str) -> jax.Array:
-    """einsum(spec, x, parameter), and of the two thin matrices beside it where it is adapted."""
-    y = kernels.matmul(spec, x, self.weight(name, x.dtype))
+  def product(self, spec: str, x: jax.Array, name: str, parts: kernels.Parts = ()) -> Any:
+    """einsum(spec, x, parameter), and of the two thin matrices beside it where it is adapted; of each of its `parts`."""
+    times = (lambda spec, x, w: kernels.matmul_parts(spec, parts, x, w)) if parts else kernels.matmul
+    y = times(spec, x, self.weight(name, x.dtype))
     if not hasattr(self, f"{name}_a"):
       return y
     region = region_of(getattr(self, name).names)
@@ -111,8 +112,8 @@ class Weights(nnx.Module):
     kept, inputs, outputs = ("".join(c for c in a if (c in b) == both) for a, b, both in
                              ((xs, ws, False), (ws, ys, False), (ws, ys, True)))  # fmt: skip
     low = kernels.matmul(f"{xs},{inputs}z->{kept}z", x, self.weight(f"{name}_a", x.dtype, region))
-    more = kernels.matmul(f"{kept}z,z{outputs}->{ys}", low, self.weight(f"{name}_b", x.dtype, region))
-    return y + (self.shape.lora.alpha / self.shape.lora.rank) * more
+    more = times(f"{kept}z,z{outputs}->{ys}", low, self.weight(f"{name}_b", x.dtype, region))
+    return jax.tree.map(lambda a, b: a + (self.shape.lora.alpha / self.shape.lora.rank) * b, y, more)
 
   def biased(self, x: jax.Array, name: str) -> jax.Array:
     """x plus a parameter, in float32, where the part has it."""

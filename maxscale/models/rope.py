@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from maxscale.config import ConfigError
+from maxscale.models import kernels
 
 # Type -> (keys that it needs, keys that it may have) in `model.rope_scaling`.
 KEYS = {
@@ -109,8 +112,34 @@ def logit_factor(scaling: dict) -> float:
 
 
 def rotate(x_btnh: jax.Array, positions_bt: jax.Array, inv_freq: np.ndarray, factor: float = 1.0) -> jax.Array:
-  """Pairs (i, i + H/2) turn by position * inv_freq [H/2], times factor; in float32, returned in the dtype of x."""
+  """Of the last 2F dimensions of a head, pairs (i, i + F) turn by position * inv_freq [F], times factor.
+
+  The dimensions before them stay as they are. In float32, returned in the dtype of x.
+  """
   angle = positions_bt[..., None, None] * jnp.asarray(inv_freq, jnp.float32)
-  sin, cos = factor * jnp.sin(angle), factor * jnp.cos(angle)
-  a, b = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_btnh.dtype)
+  before = ((0, 0),) * 3 + ((x_btnh.shape[-1] - 2 * len(inv_freq), 0),)
+  twice = lambda y, still: jnp.pad(jnp.concatenate([y, y], -1), before, constant_values=still)  # noqa: E731
+  return _turned(len(inv_freq), x_btnh, twice(factor * jnp.cos(angle), 1.0), twice(factor * jnp.sin(angle), 0.0))
+
+
+@functools.partial(kernels.custom_vjp, nondiff_argnums=(0,))
+def _turned(pairs: int, x_btnh: jax.Array, cos_bt1h: jax.Array, sin_bt1h: jax.Array) -> jax.Array:
+  """x * cos + (x, its pairs swapped, the first with a minus) * sin.
+
+  The swap is a product with a matrix of zeros and ones, which is exact: slices and concatenations of some of the lanes
+  are passes through HBM of their own on a TPU, where a product has what follows it in its epilogue.
+  """
+  first = x_btnh.shape[-1] - 2 * pairs + np.arange(pairs)
+  swap = np.zeros((x_btnh.shape[-1],) * 2, x_btnh.dtype)  # [from, to]
+  swap[first + pairs, first], swap[first, first + pairs] = -1, 1
+  swapped = jnp.einsum("btnh,hi->btni", x_btnh, swap, precision=kernels.precision(x_btnh),
+                       preferred_element_type=jnp.float32)  # fmt: skip
+  return (x_btnh.astype(jnp.float32) * cos_bt1h + swapped * sin_bt1h).astype(x_btnh.dtype)
+
+
+def _turned_bwd(pairs: int, turn: tuple[jax.Array, jax.Array], g: jax.Array) -> Any:
+  # Behind the barrier: what makes g, the sum of many partial ones, would be fused into both of its uses.
+  return _turned(pairs, jax.lax.optimization_barrier(g), turn[0], -turn[1]), None, None
+
+
+_turned.defvjp(lambda pairs, x, cos, sin: (_turned(pairs, x, cos, sin), (cos, sin)), _turned_bwd)

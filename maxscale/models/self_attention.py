@@ -40,7 +40,8 @@ class _Heads(Weights):
       return x_btnh
     local = window > 0 and m.rope_local_theta > 0
     theta, scaling = (m.rope_local_theta, {}) if local else (m.rope_theta, m.rope_scaling)
-    return rope.rotate(x_btnh, batch["positions"], *rope.frequencies(theta, x_btnh.shape[-1], scaling))
+    dims = m.mla.rope_dim if m.mla.kv_rank else x_btnh.shape[-1]
+    return rope.rotate(x_btnh, batch["positions"], *rope.frequencies(theta, dims, scaling))
 
   def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, window: int, cache: Any, watch: bool) -> Any:
     """(output in the residual layout [B, T, D], the cache with these keys and values, {"max_logit": [N]} if `watch`)."""
@@ -132,11 +133,11 @@ class LatentAttention(_Heads):
       q = self.product("btr,rnh->btnh", sharding.gather(q, "heads"), "query_up")
     else:
       q = self.product("btd,dnh->btnh", sharding.gather(x_btd, "heads"), "query")
-    k, v = jnp.split(self.product("btr,rnh->btnh", kv, "kv_up"), [a.nope_dim], axis=-1)
-    q, q_rope = jnp.split(q, [a.nope_dim], axis=-1)
-    q_rope, k_rope = self.rotate(q_rope, batch, window), self.rotate(k_rope[:, :, None], batch, window)
-    k_rope = jnp.broadcast_to(k_rope, (*k.shape[:3], a.rope_dim))
-    q, k = jnp.concatenate([q, q_rope], axis=-1), jnp.concatenate([k, k_rope], axis=-1)
+    k_rope = self.rotate(k_rope[:, :, None], batch, window)
+    parts = ((a.nope_dim, a.rope_dim), (a.v_dim, 0))
+    k, v = self.product("btr,rnh->btnh", kv, "kv_up", parts)
+    k = k + jnp.pad(k_rope, ((0, 0),) * 3 + ((a.nope_dim, 0),))
+    q = self.rotate(q, batch, window)
     return self.attend(q, k, v, batch, window, cache, watch)
 
   def _normalised(self, x: jax.Array, name: str) -> jax.Array:

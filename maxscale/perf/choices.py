@@ -80,7 +80,7 @@ def wide_gathers(of: Any) -> Any:
 
 _SHORT = ("run.steps=100", "optimizer.warmup_steps=10")  # short runs have no slow compile options
 V6E, V5P = Case("llama3_8b", "v6e:16x16", _SHORT), Case("llama3_8b", "v5p:4x4x4", _SHORT)
-MOE = Case("mixtral_8x7b", "v5p:4x4x4", _SHORT)
+MOE, MANY = Case("mixtral_8x7b", "v5p:4x4x4", _SHORT), Case("qwen3_moe", "v5p:8x8x8", _SHORT)
 TUNED = dataclasses.replace(V6E, options=("run.steps=100000",))
 
 
@@ -170,11 +170,16 @@ CHOICES = {
     "Experts' products are kernels of our own", "XLA's `ragged_dot` has none for the gradient of the matrices.",
     cases=(MOE,), replace={"expert_mlp:expert_mlp": lambda f: functools.partial(f, backend="xla")}),
   "experts_layout": Choice(
-    "Experts are split over devices, and tokens go to them",
-    "Tokens move, not the parameters of experts. Without: `mesh.expert=1`, all FSDP.", ("mesh.expert=1",), (MOE,)),
+    "Many experts are split over devices, and tokens go to them",
+    "Tokens move, not the parameters of experts. Without: `mesh.expert=1`, all FSDP.", ("mesh.expert=1",), (MANY,)),
+  "experts_gather": Choice(
+    "Devices that share experts gather all of their tokens",
+    "From five choices a token on a gather moves less than the ragged exchange of the chosen rows, runs beside other "
+    "work, and leaves rows where they are. Without: `sharding.experts=exchange`.", ("sharding.experts=exchange",), (MANY,)),
   "microbatches": Choice(
-    "A mixture's batch in two parts", "Half of it is in HBM at once; parameters are gathered twice. Without: one part.",
-    ("sharding.microbatches=1",), (MOE,)),
+    "A mixture's batch in four parts", "A quarter of it is in HBM at once, so that nothing is computed again; parameters "
+    "are gathered four times, beside other work. Without: two parts and the attention alone kept.",
+    ("sharding.microbatches=2", "remat.policy=attention"), (MOE,)),
 }  # fmt: skip
 
 

@@ -83,23 +83,26 @@ def _grouped(d: Local, stack: str) -> list[Node]:
     size, normed = tokens * heads * width * d.a, s.m.qk_norm and name != "value"
     dot = (d.dot(tokens, s.D, heads * width),)
     passes = 0.0 if name == "value" or (s.m.max_positions and not normed) else 2 * size
+    turn = () if name == "value" or s.m.max_positions else (d.dot(tokens * heads, width, width),)
     # the norm of a head needs what it normalises
     out.append(Node(f"{name}_raw", ("attention_in",), ("attention_in",), size, dot, (at + name,)))
     out.append(Node(name, (f"{name}_raw",), (f"{name}_raw",) if normed else (), size, vector=passes,
-                    vector_back=passes))  # fmt: skip
+                    vector_back=passes, others=turn, others_back=turn))  # fmt: skip
   return out
 
 
 def _latent(d: Local, stack: str) -> list[Node]:
   s, mla, at, a = d.shape, d.shape.m.mla, f"{stack}/attention/", d.a
   tokens, own = d.b * d.t, d.b * d.r
-  width, wide = mla.kv_rank + mla.rope_dim, mla.nope_dim + mla.v_dim
+  width, wide = mla.kv_rank + mla.rope_dim, s.H + mla.v_dim  # the keys' product leaves room for their rotary part
+  turn = lambda heads, n: (d.dot(tokens * heads, n, n),)  # noqa: E731
   in_and_back = lambda n: dict[str, Any](moves=d.gather(n), back=d.reduce(n, "heads"))  # noqa: E731
   out = [
     Node("kv_down", ("n1",), ("n1",), own * width * a, (d.dot(own, s.D, width),), (at + "kv_down",)),
     Node("kv_latent", ("kv_down",), ("kv_down",), tokens * mla.kv_rank * a, vector=2 * own * width * a,
          vector_back=4 * own * width * a, **in_and_back(mla.kv_rank)),
-    Node("rope_latent", ("kv_down",), size=tokens * mla.rope_dim * a, **in_and_back(mla.rope_dim)),
+    Node("rope_latent", ("kv_down",), size=tokens * mla.rope_dim * a, others=turn(1, mla.rope_dim),
+         others_back=turn(1, mla.rope_dim), **in_and_back(mla.rope_dim)),
   ]  # fmt: skip
   heads = d.N_l * s.H
   if mla.q_rank:
@@ -119,10 +122,11 @@ def _latent(d: Local, stack: str) -> list[Node]:
     ]  # fmt: skip
   size = tokens * heads * a
   out += [
-    Node("query", ("query_raw",), size=size, vector=2 * size, vector_back=2 * size),
+    Node("query", ("query_raw",), size=size, vector=2 * size, vector_back=2 * size, others=turn(d.N_l, s.H),
+         others_back=turn(d.N_l, s.H)),
     Node("kv_raw", ("kv_latent",), ("kv_latent",), tokens * d.N_l * wide * a,
          (d.dot(tokens, mla.kv_rank, d.N_l * wide),), (at + "kv_up",)),
-    Node("key", ("kv_raw", "rope_latent"), size=size, vector=2 * size, vector_back=2 * size),
+    Node("key", ("kv_raw", "rope_latent"), size=size, vector_back=size),
     Node("value", ("kv_raw",), size=tokens * d.N_l * s.H_v * a),
   ]  # fmt: skip
   return out

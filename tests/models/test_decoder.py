@@ -66,12 +66,13 @@ def products(**options):
 
 def test_remat_recomputes_what_its_table_says():
   none = products()
-  # A layer has nine products: q k v, scores, values, out, gate up down; backward never needs the result of the last.
-  assert products(remat__policy="full") == none + 8
-  assert products(remat__policy="custom", remat__table=dict.fromkeys(["gate", "up"], "keep")) == none + 6
+  # A layer has eleven products: q k v, the turns of q and k, scores, values, out, gate up down; backward never needs
+  # the result of the last.
+  assert products(remat__policy="full") == none + 10
+  assert products(remat__policy="custom", remat__table=dict.fromkeys(["gate", "up"], "keep")) == none + 8
   # Keeping attention saves the scores and their product with the values: backward makes the scores itself, whatever is
   # kept. `out`, which feeds a norm, is made again.
-  assert products(remat__policy="attention") == none + 6
+  assert products(remat__policy="attention") == none + 8
   assert products(remat__policy="projections") == none + 1
   assert products(remat__policy="projections", remat__table={"attention_out": "keep"}) == none
   assert products(remat__policy="projections", remat__table={"gate": "recompute"}) == none + 2

@@ -1,5 +1,7 @@
 """Every operation with a gradient of its own, against the plain one: values, gradients and their dtypes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,28 @@ def test_matmul_and_its_gradients(spec, w_shape):
   actual = gradients(lambda x, w: kernels.matmul(spec, x, weight(w)), x, w)
   for a, b, what in zip(actual, gradients(lambda x, w: jnp.einsum(spec, x, w), x, w), ("y", "dx", "dw")):
     ref.assert_close(a, b, 1e-6, what)
+
+
+@pytest.mark.parametrize("quantize", ["", "int8"])
+def test_parts_of_a_matmul_and_their_gradients(quantize):
+  """Against slices of the product of the whole weight; zeros behind a part are zeros of the result."""
+  if quantize:
+    pytest.importorskip("qwix")
+  spec, x, w = "btd,dnh->btnh", normal(2, 6, 16), normal(16, 3, 7, seed=1)
+  made = lambda w: dataclasses.replace(weight(w), quantize=quantize)  # noqa: E731
+
+  def parts(x, w):
+    first, last = kernels.matmul_parts(spec, ((5, 3), (2, 0)), x, made(w))
+    assert first.shape == (2, 6, 3, 8) and last.shape == (2, 6, 3, 2)
+    return jnp.concatenate([first, last], -1)
+
+  def plain(x, w):
+    y = kernels.matmul(spec, x, made(w))
+    return jnp.concatenate([y[..., :5], jnp.zeros_like(y[..., :3]), y[..., 5:]], -1)
+
+  for a, b, what in zip(gradients(parts, x, w), gradients(plain, x, w), ("y", "dx", "dw")):
+    # quantised, dy has a scale for each row of a part, not for each whole row
+    ref.assert_close(a, b, 2e-2 if quantize and what == "dx" else 1e-6, what)
 
 
 def test_the_weight_gradient_of_a_bfloat16_matmul_is_made_in_float32():

@@ -79,6 +79,35 @@ def test_rotation_is_a_product_of_complex_numbers_and_so_is_its_gradient():
   np.testing.assert_allclose(np.float32(low), y, atol=0.1)
 
 
+def test_the_dimensions_before_those_that_turn_stay():
+  rng = np.random.default_rng(0)
+  x, dy = rng.standard_normal((2, 3, 5, 4, 14)).astype(np.float32)
+  positions, frequencies = jnp.asarray(rng.integers(0, 99, (3, 5))), rope.frequencies(10000.0, 8, {})[0]
+  rotate = lambda x: rope.rotate(x, positions, frequencies, 1.5)  # noqa: E731
+  (y, vjp), (last, last_vjp) = jax.vjp(rotate, x), jax.vjp(rotate, x[..., 6:])
+  for whole, part, still in ((y, last, x), (vjp(dy)[0], last_vjp(dy[..., 6:])[0], dy)):
+    np.testing.assert_array_equal(whole[..., 6:], part)
+    np.testing.assert_array_equal(whole[..., :6], still[..., :6])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_product_that_swaps_pairs_is_exact(dtype):
+  """Against slices and a concatenation, to the bit."""
+  x = jax.random.normal(jax.random.key(0), (2, 16, 4, 64)).astype(dtype)
+  positions, frequencies = jnp.tile(jnp.arange(16), (2, 1)), rope.frequencies(10000.0, 64, {})[0]
+
+  def plain(x):
+    angle = positions[..., None, None] * frequencies
+    (a, b), sin, cos = jnp.split(x.astype(jnp.float32), 2, axis=-1), jnp.sin(angle), jnp.cos(angle)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(dtype)
+
+  for f in (lambda f: f, lambda f: jax.grad(lambda x: (f(x).astype(jnp.float32) * jnp.arange(64)).sum())):
+    np.testing.assert_array_equal(
+      jax.jit(f(lambda x: rope.rotate(x, positions, frequencies)))(x).astype(jnp.float32),
+      jax.jit(f(plain))(x).astype(jnp.float32),
+    )
+
+
 @pytest.mark.parametrize(
   ("scaling", "message"),
   [
