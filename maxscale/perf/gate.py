@@ -40,16 +40,27 @@ SHORT = {
   "short_dense": Case("llama3_8b", "v5p:2x2x2", (*_FEW, "data.batch_size=32")),
   "short_moe": Case("mixtral_8x7b", "v5p:2x2x2", (*_FEW, "data.batch_size=96", "mesh.expert=4")),
 }
+# The chips, sequences and lengths of steps that another framework has published, or that its programs were compiled for.
+PEERS = {
+  "llama3_8b_v6e": Case("llama3_8b", "v6e:16x16", ("data.batch_size=1024",)),
+  "llama3_8b_tpu7x": Case("llama3_8b", "tpu7x:4x4x4", ("data.batch_size=512", "remat.policy=custom",
+                          "remat.table={'attention': 'keep', 'gate': 'keep', 'up': 'keep'}")),
+  "llama3_70b_v5p": Case("llama3_70b", "v5p:4x4x8", ("data.batch_size=512", "mesh.data=1", "sharding.microbatches=8")),
+  "llama3_70b_tpu7x": Case("llama3_70b", "tpu7x:4x4x4", ("data.batch_size=256", "mesh.data=1", "mesh.context=1",
+                           "sharding.microbatches=1", "remat.policy=custom",
+                           "remat.table={'attention': 'keep', 'query': 'offload'}")),
+  "deepseek_v3_8192": Case("deepseek_v3", "v5p:8x8x8", ("data.length=8192", "sharding.microbatches=2")),
+}  # fmt: skip
 WHOLE = {path.stem: Case(path.stem) for path in sorted((ROOT / "configs").glob("*.py")) if "tiny" not in path.stem}
 
 
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m maxscale.perf.gate", description=(__doc__ or "").split("\n")[0])
-  parser.add_argument("names", nargs="*", help=f"of {', '.join({**SHORT, **WHOLE})}; default: {', '.join(SHORT)}")
-  parser.add_argument("--all", action="store_true", help="every config on the chips that it is for, too (minutes each)")
+  parser.add_argument("names", nargs="*", help=f"of {', '.join({**SHORT, **WHOLE, **PEERS})}; default: {', '.join(SHORT)}")
+  parser.add_argument("--all", action="store_true", help="every config on the chips that it is for, and the peers' (minutes each)")
   parser.add_argument("--update", action="store_true", help="the figures become the golden ones")
   arguments = parser.parse_args(argv)
-  cases = {**SHORT, **WHOLE}
+  cases = {**SHORT, **WHOLE, **PEERS}
   if unknown := [name for name in arguments.names if name not in cases]:
     parser.error(f"no case {', '.join(unknown)}; cases: {', '.join(cases)}")
   worse = 0
