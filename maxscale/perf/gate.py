@@ -56,8 +56,12 @@ WHOLE = {path.stem: Case(path.stem) for path in sorted((ROOT / "configs").glob("
 
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m maxscale.perf.gate", description=(__doc__ or "").split("\n")[0])
-  parser.add_argument("names", nargs="*", help=f"of {', '.join({**SHORT, **WHOLE, **PEERS})}; default: {', '.join(SHORT)}")
-  parser.add_argument("--all", action="store_true", help="every config on the chips that it is for, and the peers' (minutes each)")
+  parser.add_argument(
+    "names", nargs="*", help=f"of {', '.join({**SHORT, **WHOLE, **PEERS})}; default: {', '.join(SHORT)}"
+  )
+  parser.add_argument(
+    "--all", action="store_true", help="every config on the chips that it is for, and the peers' (minutes each)"
+  )
   parser.add_argument("--update", action="store_true", help="the figures become the golden ones")
   arguments = parser.parse_args(argv)
   cases = {**SHORT, **WHOLE, **PEERS}

@@ -38,7 +38,7 @@ from maxscale.perf.hardware import GIB
 from maxscale.perf.search import Candidate, Compiled, Options
 
 PROGRAM = "python -m maxscale.perf.proof"
-MOST, BEST, OVER = 24, 6, 1.1
+MOST, BEST, OVER = 16, 6, 1.1
 SECONDS = 3600.0  # of one compile
 
 
