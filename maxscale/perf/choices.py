@@ -75,6 +75,18 @@ def wide_gathers(of: Any) -> Any:
   return lambda w, names, dtype, *rest: of.__self__(used(w, names, dtype), w, names, *rest)
 
 
+def sliced_rotation(rotate: Any) -> Any:
+  """Halves of the heads are cut out, turned and joined again; for models whose heads turn whole."""
+  import jax.numpy as jnp
+
+  def made(x: Any, positions: Any, frequencies: Any, factor: float = 1.0) -> Any:
+    angle = positions[..., None, None] * jnp.asarray(frequencies, jnp.float32)
+    (a, b), sin, cos = jnp.split(x.astype(jnp.float32), 2, axis=-1), factor * jnp.sin(angle), factor * jnp.cos(angle)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+  return made
+
+
 # ---- the choices
 
 
@@ -128,6 +140,10 @@ CHOICES = {
     "The partial sums of dq are added by a chain of additions",
     "The compiler fuses additions into what reads dq; the library's sum over a leading dimension it does not.",
     cases=(V5P,), replace={"splash:_partials_added": lambda added: lambda f: f}),
+  "rotary": Choice(
+    "Rotary embeddings swap the pairs of a head by a product with zeros and ones",
+    "A slice or a concatenation of half of the lanes is a pass through HBM of its own; what follows a product is its "
+    "epilogue. The numbers are the same to the bit.", replace={"self_attention:rope.rotate": sliced_rotation}),
   "loss": Choice(
     "The loss makes its gradients in the forward pass, in chunks",
     "For HBM: float32 logits of a chunk are used for the loss, dx and dw while they are there. Without: all logits at "
