@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -46,6 +47,7 @@ class MoE(Weights):
 
   def __call__(self, x_btd: jax.Array, valid_bt: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     s, moe = self.shape, self.shape.m.moe
+    x_btd, weights = _first_gathered(x_btd, self._experts(x_btd.dtype))
     with jax.named_scope("router"):
       logits = self.biased(self.product("btd,de->bte", x_btd.astype(jnp.float32), "router"), "router_bias")
       logits = checkpoint_name(logits, "router")
@@ -56,8 +58,8 @@ class MoE(Weights):
     if moe.capacity:
       ids, cut = router.capacity(moe.capacity, s.E, ids, valid)
     rows, choices = x_btd.reshape(-1, s.D), (-1, s.A)
-    y, dropped = experts.experts(rows, gates.reshape(choices), ids.reshape(choices), self._experts(x_btd.dtype),
-                                 s.m.activation, s.buffer, moe.route, s.exchange)  # fmt: skip
+    y, dropped = experts.experts(rows, gates.reshape(choices), ids.reshape(choices), weights, s.m.activation,
+                                 s.buffer, moe.route, s.exchange)  # fmt: skip
     y = y.reshape(x_btd.shape)
     if moe.shared:
       with jax.named_scope("shared"):
@@ -73,3 +75,16 @@ class MoE(Weights):
     }
     down_bias = biases.pop("down_bias", None)
     return experts.Weights(expert_mlp.Weights(**values, **biases), down_bias)
+
+
+def _first_gathered(x: jax.Array, weights: experts.Weights) -> tuple[jax.Array, experts.Weights]:
+  """Both as they are, but who reads x waits for the experts' matrices that rows meet first.
+
+  The SparseCores of a TPU run one collective at a time. Routing has small ones that wait for each other; gathers of
+  matrices would be put behind them, where nothing else is left to do, not beside attention.
+  """
+  mlp = weights.mlp
+  wide = {name: w for name in ("gate", "up") if (w := getattr(mlp, name)) is not None}
+  x, used = jax.lax.optimization_barrier((x, {name: w.used for name, w in wide.items()}))
+  wide = {name: dataclasses.replace(w, used=used[name]) for name, w in wide.items()}
+  return x, weights._replace(mlp=mlp._replace(**wide))
