@@ -59,8 +59,11 @@ def test_the_plain_step_is_the_same_model(experts):
 
 
 def test_matmul_flops_are_those_of_the_plain_step():
+  """Beside the products that swap rotary pairs, of queries and keys, forward and backward."""
   case = cases.Case(cases.config(0, "float32", 2), jax.devices()[0])
-  assert jaxpr_flops(case.ours().jaxpr) == jaxpr_flops(case.plain().jaxpr)
+  m = case.config.model
+  swaps = 2 * case.tokens * m.layers * 2 * m.heads * 2 * m.head_dim**2
+  assert jaxpr_flops(case.ours().jaxpr) == jaxpr_flops(case.plain().jaxpr) + swaps
 
 
 def test_a_scheduled_program_is_read_with_its_trips():
@@ -107,7 +110,7 @@ def test_compiled_for_a_tpu_it_is_no_slower_than_plain(tmp_path):
   command = [sys.executable, "-m", "maxscale.bench", "--only", "tpu", "--json", str(out)]
   subprocess.run(command, check=True, env=os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}, timeout=900)
   for name, row in json.loads(out.read_text())["tpu"].items():
-    assert row["flops_ratio"] == 1, name
+    assert 1 < row["flops_ratio"] < 1.01, name  # rotary pairs are swapped by products
     assert row["cycles_ratio"] <= 1.01, name
 
 

@@ -148,10 +148,10 @@ def test_without_recomputation_products_are_three_forwards(name):
   if mla.kv_rank:  # latents have no name: checkpoints of sharded weights would make them again; here none is
     assert w.plain
     n, h = m.heads, mla.nope_dim + mla.rope_dim
-    rotary = n * h**2 + mla.rope_dim**2 + mla.kv_rank * n * mla.rope_dim  # and the room that the keys' product leaves
+    turns, room = n * h**2 + mla.rope_dim**2, mla.kv_rank * n * mla.rope_dim  # `room`: columns of zeros for rotary keys
   else:
-    rotary = (m.heads + m.kv_heads) * m.head_dim**2
-  more = 3 * 2 * rotary * m.layers * tokens
+    turns, room = (m.heads + m.kv_heads) * m.head_dim**2, 0
+  more = 2 * (2 * turns + 3 * room) * m.layers * tokens  # turns have no weights: there are two, not three
   assert products - more == pytest.approx(flops.flops_per_token(model, config.data.length) * tokens, rel=0.003)
 
 
