@@ -3,8 +3,8 @@
 For 4,096 v5p chips: experts over boxes of 8 that gather their tokens, FSDP over 128, 4 replicas, 4 sequences of 4,096
 tokens a chip, 67 M tokens a step.
 
-Predicted (v5p:16x16x16, jax 0.10.2, libtpu 0.0.42.1): step 17.30 s (80% 14.31 to 20.76), 947 tokens/s/chip, MFU 42.4%,
-HBM 75.4 of 95.0 GiB
+Predicted (v5p:16x16x16, jax 0.10.2, libtpu 0.0.42.1): step 16.12 s (80% 13.24 to 19.46), 1,016 tokens/s/chip, MFU
+45.5%, HBM 75.5 of 95.0 GiB
 
 Latent attention with 64 heads, 384 experts of which a token uses 8 beside a shared one, a bias that balances them
 without a loss, no groups; the first layer is dense. 60 layers with experts divide into 2 to 60 stages of a pipeline.

@@ -47,7 +47,9 @@ class MoE(Weights):
 
   def __call__(self, x_btd: jax.Array, valid_bt: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     s, moe = self.shape, self.shape.m.moe
-    x_btd, weights = _first_gathered(x_btd, self._experts(x_btd.dtype))
+    weights = self._experts(x_btd.dtype)
+    if not s.exchange and sharding.parts("experts") > 1:
+      x_btd, weights = _first_gathered(x_btd, weights)
     with jax.named_scope("router"):
       logits = self.biased(self.product("btd,de->bte", x_btd.astype(jnp.float32), "router"), "router_bias")
       logits = checkpoint_name(logits, "router")
@@ -80,8 +82,8 @@ class MoE(Weights):
 def _first_gathered(x: jax.Array, weights: experts.Weights) -> tuple[jax.Array, experts.Weights]:
   """Both as they are, but who reads x waits for the experts' matrices that rows meet first.
 
-  The SparseCores of a TPU run one collective at a time. Routing has small ones that wait for each other; gathers of
-  matrices would be put behind them, where nothing else is left to do, not beside attention.
+  The SparseCores of a TPU run one collective at a time. Routing for all tokens of a group has small ones that wait for
+  each other; gathers of matrices would be put behind them, where nothing else is left to do, not beside attention.
   """
   mlp = weights.mlp
   wide = {name: w for name in ("gate", "up") if (w := getattr(mlp, name)) is not None}
