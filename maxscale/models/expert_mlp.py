@@ -98,6 +98,7 @@ def _backward(activation: str, backend: str | None, residuals: Any, dy: jax.Arra
     return tuple(v.astype(x.dtype) for v in back), (dh_ * h,)
 
   (*dys, h), (dgates,) = product.backward(dy, weights.down, hidden, columns=ys, rows=(gates,))
+  dws = [product.weight(w, x, d) for w, d in zip(weights.wide, dys)]
   dbs = [of_rows_gradient(b, product.expert(len(x)), d) for b, d in zip(weights.biases, dys)]
 
   def add(ys: grouped.Tiles, before: grouped.Tiles, *_: grouped.Tiles) -> Any:
@@ -106,12 +107,9 @@ def _backward(activation: str, backend: str | None, residuals: Any, dy: jax.Arra
   dx: grouped.Tiles = ()
   for w, d in zip(weights.wide, dys):
     dx, _ = product.backward(d, w, add, columns=dx)
-  # Who reads dx waits for the gradients of the matrices: the compiler would make them last of all, as nothing in the
-  # layer reads them, and then nothing is left beside which they could be scattered.
-  dws = [product.weight_gradient(w, x, d) for w, d in zip(weights.wide, dys)]
-  dx, dws = jax.lax.optimization_barrier((dx, [*dws, product.weight_gradient(weights.down, h, dy)]))
-  *wide, down = (w.cotangent(dw) for w, dw in zip((*weights.wide, weights.down), dws))
-  dw = Weights(wide[0] if weights.gate is not None else None, wide[-1], down)
+  dw = Weights(None, dws[-1], product.weight(weights.down, h, dy))
+  if weights.gate is not None:
+    dw = dw._replace(gate=dws[0])
   if dbs:
     dw = dw._replace(up_bias=dbs[-1], gate_bias=dbs[0] if weights.gate_bias is not None else None)
   return *dx, dgates.astype(gates.dtype), None, dw
@@ -139,9 +137,9 @@ class Products:
       [kernels.input_gradient(PRODUCT, dy, w, self.multiply)], then, **beside
     )
 
-  def weight_gradient(self, w: Weight, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """dw [E, D, F] of this device's rows."""
-    return kernels.weight_gradient(PRODUCT, x, w, dy, self.multiply)
+  def weight(self, w: Weight, x: jax.Array, dy: jax.Array) -> Weight:
+    """The cotangent of w."""
+    return w.cotangent(kernels.weight_gradient(PRODUCT, x, w, dy, self.multiply))
 
   def expert(self, rows: int) -> jax.Array:
     """The expert of each row, E past those of experts. To compare all is what a TPU does best."""
