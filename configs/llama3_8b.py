@@ -2,8 +2,8 @@
 
 For 256 v6e chips: FSDP, 2 sequences a chip, 4.2 M tokens a step.
 
-Predicted (v6e:16x16, jax 0.10.2, libtpu 0.0.42.1): step 1.71 s (80% 1.56 to 1.88), 9,560 tokens/s/chip, MFU 53.6%, HBM
-14.2 of 32.0 GiB
+Predicted (v6e:16x16, jax 0.10.2, libtpu 0.0.42.1): step 1.60 s (80% 1.46 to 1.75), 10,264 tokens/s/chip, MFU 57.5%,
+HBM 14.2 of 32.0 GiB
 
 The data of this file is Python's own source text and its tokens are bytes: give your own,
 
