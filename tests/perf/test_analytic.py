@@ -203,6 +203,7 @@ def test_memory_is_the_compilers(topology, options, peak):
 def test_gather_of_a_layer_by_hand():
   """70B by FSDP over 4x4x4 v5p: all of a layer's matrices in bfloat16, over three closed rings of 90 GB/s links."""
   config = config_lib.load("configs/llama3_70b.py", [("mesh.topology", "v5p:4x4x4")])
+  config = dataclasses.replace(config, mesh=config_lib.Mesh(fsdp=64))
   step, shape = analytic.program(config, V5P, (4, 4, 4))
   clock = analytic.Clock(V5P, (4, 4, 4), shape, step.rules, analytic.Efficiency(overlap=0))
   forward, backward, *_ = Work(step, "tpu").layers["layers", 0, True]
