@@ -1,7 +1,7 @@
 """DeepSeek-V3 671B, 4,096 tokens a sequence (DeepSeek-AI, arXiv 2412.19437, section 4.2).
 
-For 512 v5p chips: experts over boxes of 8 that gather their tokens, FSDP over 64, 4 sequences a chip,
-8.4 M tokens a step (the paper's batch of 15,360 sequences is 63 M: raise data.batch_size with more chips).
+For 512 v5p chips: experts over boxes of 8 that gather their tokens, FSDP over 64, 4 sequences a chip, 8.4 M
+tokens a step (the paper's batch of 15,360 sequences is 63 M: raise data.batch_size with more chips).
 
 Predicted (v5p:8x8x8, jax 0.10.2, libtpu 0.0.42.1): step 20.19 s (80% 17.00 to 23.87), 811 tokens/s/chip, MFU 46.1%,
 HBM 75.5 of 95.0 GiB

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from maxscale import config as config_lib
 from maxscale import plan
 from maxscale.config import ConfigError
 from maxscale.errors import UserError
@@ -217,7 +218,6 @@ def test_products_are_counted_by_part_and_pass():
 
 
 def small(*overrides):
-  from maxscale import config as config_lib
 
   few = [("model.layers", "4"), ("data.batch_size", "64"), ("run.steps", "1000"), ("optimizer.warmup_steps", "10")]
   return config_lib.load(f"{ROOT}/configs/llama3_8b.py", [*few, *overrides])
@@ -426,6 +426,16 @@ def test_docstrings_are_written_by_a_process_of_their_own(tmp_path, monkeypatch)
 def figures(**changes):
   found = gate.figures(made().to_json())
   return found | changes
+
+
+@pytest.mark.parametrize("name", {**gate.SHORT, **gate.WHOLE, **gate.PEERS})
+def test_a_case_of_the_gate_can_be_compiled(name):
+  """Its options are known, and its arrays fit its mesh."""
+  case = {**gate.SHORT, **gate.WHOLE, **gate.PEERS}[name]
+  config = config_lib.load(f"configs/{case.config}.py", [tuple(o.split("=", 1)) for o in case.options])
+  chip, chips = analytic.parse(case.topology or config.mesh.topology)
+  step, _ = analytic.program(config, chip, chips)
+  step.check(config.data.batch_size, config.data.length)
 
 
 def test_the_gate_says_what_grew_and_where():

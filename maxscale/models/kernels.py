@@ -103,9 +103,8 @@ def _matmul_bwd(spec: str, residuals: Any, dy: jax.Array) -> Any:
 
 matmul.defvjp(lambda spec, x, w: (matmul(spec, x, w), (x, w.residual())), _matmul_bwd)
 
-Parts = tuple[
-  tuple[int, int], ...
-]  # of the last dimension of a weight: columns, and how many of zeros come behind them
+# Of the last dimension of a weight: columns, and how many of zeros come behind them.
+Parts = tuple[tuple[int, int], ...]
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0, 1))
