@@ -26,24 +26,6 @@ def test_the_closed_form_orders_layouts_as_the_compiler_does(name):
   assert found.agree >= 0.8 * len(found.rows), proof.text(found)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SERIES)
-def test_a_layout_compiled_again_is_no_worse(name):
-  """The series is of the step of its day, which has since become faster."""
-  pytest.importorskip("libtpu")
-  series = proof.load(GOLDEN / f"proof_{name}.json.gz")
-  if series.versions != search.versions():
-    pytest.skip(f"the series is of {series.versions}")
-  before = [(options, said) for options, said in series.found if not said["error"]][-1:]
-  again = proof.compile_all(
-    dataclasses.replace(series, found=[]), [o for o, _ in before], lambda _: None, lambda _: None
-  )
-  for (_, said), (_, now) in zip(before, again.found, strict=True):
-    assert now["error"] == "" and now["hbm"] == pytest.approx(said["hbm"], rel=0.02)
-    seconds, was = proof.walked(series, now).seconds, proof.walked(series, said).seconds
-    assert 0.9 * was < seconds < 1.01 * was
-
-
 # ---- which layouts
 
 
