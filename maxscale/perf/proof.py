@@ -6,7 +6,6 @@ For each layout: seconds of a step and HBM by the closed form (perf/analytic.py)
 predictions. Below: how well the closed form orders those that compile (Spearman's rank correlation), how much longer than
 the best of all the step is that `perf/search.py` would choose, and of how many both say alike whether they fit.
 
-  --most N                     layouts, of more than 24 a choice of all kinds and ranks
   --config.group.option=value  as for train; run.steps=100 leaves out the flags that double the time of a compile
   --json F                     keep what was compiled, written after each layout; it goes on where such a file ends
   --from F                     compare what is in such a file, with the closed form and the calibration of now
@@ -200,7 +199,6 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--config", help="a file with get_config()")
   parser.add_argument("--topology", help="chips of a slice, as v6e:4x4; default: the config's")
-  parser.add_argument("--most", metavar="N", type=int, default=MOST, help="layouts")
   parser.add_argument("--json", metavar="F", type=pathlib.Path, help="keep what was compiled; .gz: compressed")
   parser.add_argument("--from", metavar="F", type=pathlib.Path, dest="source", help="compare what such a file has")
   arguments, rest = parser.parse_known_args(argv)
@@ -218,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=0, topology=topology))
     config = search.with_options(config, {"model.vocab_size": assemble.vocabulary(config)[1]})
     chip, chips = analytic.parse(topology)
-    chosen = layouts(search.Ranking(config, chip, chips, 1, analytic.DEFAULT).all(), arguments.most)
+    chosen = layouts(search.Ranking(config, chip, chips, 1, analytic.DEFAULT).all())
     say(f"{len(chosen)} layouts of {topology}")
     series, path = Series(config, topology, [], search.versions()), arguments.json
     if path and path.exists():
