@@ -60,16 +60,10 @@ def simulation(devices: int, own: str = "") -> dict[str, str]:
   """Environment of a process that simulates so many CPU devices. `own`: the user's XLA_FLAGS, which stay."""
   own = re.sub(r"--xla_force_host_platform_device_count=\S+", "", own)
   flags = [f"--xla_force_host_platform_device_count={devices}"]
-  # Timeouts let many devices share few cores. A collective holds a thread until all its devices are there; of a program
-  # that is scheduled for concurrency XLA begins those that do not depend on each other in any order, so that devices
-  # wait for each other forever: seen with 8 devices in 3 of 7 runs of four steps with adapters, and in none of 9 with
-  # this schedule, at the same speed.
-  for flag, value in (
-    ("xla_cpu_collective_call_terminate_timeout_seconds", 600), ("xla_cpu_collective_timeout_seconds", 600),
-    ("xla_cpu_enable_concurrency_optimized_scheduler", "false"),
-  ):  # fmt: skip
+  # Timeouts let many devices share few cores
+  for flag in ("xla_cpu_collective_call_terminate_timeout_seconds", "xla_cpu_collective_timeout_seconds"):
     if flag not in own:
-      flags.append(f"--{flag}={value}")
+      flags.append(f"--{flag}=600")
   # and there are more threads than collectives can hold
   return {"XLA_FLAGS": " ".join([*own.split(), *flags]), "JAX_PLATFORMS": "cpu", "NPROC": str(4 * devices)}
 

@@ -23,7 +23,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
+from maxscale.sharding import channels
 from maxscale.sharding.rules import TOKENS, Rules
+
+channels.use_own()
 
 Names = Sequence[str | None]
 custom_vjp: Any = jax.custom_vjp  # its own type loses the signature behind a partial

@@ -1,5 +1,7 @@
 """Cases on 8 simulated devices: what the compiled pipeline holds and executes (tests/multidevice.py runs them)."""
 
+import re
+
 import jax
 import numpy as np
 
@@ -57,6 +59,30 @@ def case_trip_counts_give_the_bubble():
     executed, useful = fill + both, repeats * m  # ticks of a direction
     assert abs((1 - useful / executed) - s.bubble) < 1e-12
     assert s.bubble == (stages - 1) / (repeats * m + stages - 1)
+
+
+def case_collectives_of_a_cpu_meet_in_channels_of_their_own():
+  """XLA:CPU runs loops beside what follows them: in one channel, devices would meet in different collectives."""
+
+  def f(x):
+    def body(c, _):
+      return jax.lax.psum(c, "a"), None
+
+    y = jax.lax.scan(body, x, None, length=3)[0]
+    return y, jax.lax.psum(x * 2, "a"), jax.lax.ppermute(x, "a", [(0, 1)])
+
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("a",))
+  P = jax.sharding.PartitionSpec("a")
+  f = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P, out_specs=P, check_vma=False))
+  x = jax.ShapeDtypeStruct((8,), np.float32)
+
+  def channels(text):
+    return re.findall(r"channel_handle = #stablehlo.channel_handle<handle = (\d+)", text)
+
+  text = f.lower(x).as_text()
+  assert len(channels(text)) == len(set(channels(text))) == 3, text
+  assert text == f.trace(x).lower().as_text(), "a program's text must not depend on those lowered before it"
+  assert channels(f.trace(x).lower(lowering_platforms=("tpu",)).as_text()) == ["1"] * 3
 
 
 def case_every_remat_policy_gives_the_same_gradients():
