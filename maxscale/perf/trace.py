@@ -317,9 +317,11 @@ def _attention(i: Instruction, phase: str, arrays: list, part: str, program: Pro
   suffix = "" if phase == "fwd" else f"_{phase}"
   blocks = {side: int(m.group(1)) for side in ("q", "kv")
             if (m := re.search(rf'block_{side}{suffix}\\?": (\d+)', i.text))}  # fmt: skip
-  pairs, useful = float(math.prod(q[:-2]) * t * s), 0.5
-  share = useful
-  if len(blocks) == 2:
+  pairs = float(math.prod(q[:-2]) * t * s)
+  # Integers [t, 128] or [8, t] are segments, which come in pairs, and the positions of queries, which a causal mask needs
+  causal = sum(dtype == "s32" and len(shape) == 2 for dtype, shape in arrays) % 2 == 1
+  share = useful = 0.5 if causal else 1.0
+  if len(blocks) == 2 and causal:
     rows, columns = max(1, t // blocks["q"]), max(1, s // blocks["kv"])
     _, most_rows, most_columns = next((g for d, g in arrays if d in ("s8", "s32") and len(g) == 3), (1, rows, columns))
     if phase == "dkv":  # for a block of keys the queries that see it; of a window the grid has only so many

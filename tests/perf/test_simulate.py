@@ -167,7 +167,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
   %x = f32[8]{{0}} parameter(0)
   %q = bf16[2,4,1024,128]{{3,2,1,0}} parameter(1)
   %k = bf16[2,2,1024,128]{{3,2,1,0}} parameter(2)
-  %kernel = bf16[2,4,1024,128]{{3,2,1,0}} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", operand_layout_constraints={{s8[1,4,2]{{2,1,0}}, bf16[2,4,1024,128]{{3,2,1,0}}, bf16[2,2,1024,128]{{3,2,1,0}}, bf16[2,2,1024,128]{{3,2,1,0}}}}, frontend_attributes={{kernel_metadata={{
+  %kernel = bf16[2,4,1024,128]{{3,2,1,0}} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", operand_layout_constraints={{s8[1,4,2]{{2,1,0}}, bf16[2,4,1024,128]{{3,2,1,0}}, bf16[2,2,1024,128]{{3,2,1,0}}, bf16[2,2,1024,128]{{3,2,1,0}}, s32[2,1024,128]{{2,1,0}}, s32[2,8,1024]{{2,1,0}}, s32[1024,128]{{1,0}}}}, frontend_attributes={{kernel_metadata={{
 "xprof_metadata":"{{\\"block_q\\": 256, \\"block_kv\\": 512, \\"block_q_dkv\\": 128}}"
 }}}}, metadata={{op_name="jit(step)/transpose(jvp())/rematted_computation/attention/splash_mha_fwd_residuals/pallas_call"}}
   %zero = s32[] constant(0)
@@ -190,6 +190,14 @@ def test_a_program_becomes_events():
   assert start.move == Move("all-gather", 128, ((4, True),), part="mlp forward") and done == Done(start.key)
   assert computed == Work("vector", "mlp forward", 1000, count=2)
   assert sent.move.kind == "to-host" and sent.move.bytes == 4096 and finished == Done(sent.key)
+
+
+def test_attention_without_a_causal_mask_has_all_its_pairs():
+  """A block of keys from another device of a ring: its operands are segments, but no positions."""
+  text = TEXT.replace(", s32[1024,128]{1,0}", "")
+  assert text != TEXT
+  kernel = trace.of_program(program.read(text), PLACES, "TPU v5")[0]
+  assert kernel.flops == kernel.useful == 2.0 * 8 * 1024 * 1024 * 256
 
 
 def test_a_trace_survives_json():
