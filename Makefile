@@ -1,8 +1,9 @@
 # Two commands do all the set-up: `make train` and `make test`. PYTHON is any Python from 3.11 on with venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two workers: their compiles fit two cores and 24 GiB. A file stays with one worker, as its tests share what it made.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two workers: their compiles fit two cores and 24 GiB. A file stays with one worker, as its tests share what it made; in
+# the order of their names, as those of few tests, which would come last, are the longest.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test test-slow test-interop lint perf crash bitflips bench clean
 

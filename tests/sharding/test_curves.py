@@ -8,9 +8,9 @@ from tests import multidevice
 
 MODULE = "tests.sharding.curve_cases"
 results = multidevice.fixture(MODULE)
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", multidevice.names(MODULE))
 def test_curve(results, name):
   multidevice.check(results, name)
