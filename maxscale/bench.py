@@ -62,7 +62,7 @@ def tpu() -> Rows:
   from jax.experimental import topologies
 
   from maxscale.benchmarks import cases, measure
-  from maxscale.perf import program
+  from maxscale.perf.compiled import program
 
   device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
   out: Rows = {}

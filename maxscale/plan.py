@@ -36,7 +36,7 @@ from maxscale.errors import UserError
 from maxscale.sharding import chips
 
 if TYPE_CHECKING:  # JAX is imported once the environment is ready for it
-  from maxscale.perf.aot import Compiled
+  from maxscale.perf.compiled.aot import Compiled
   from maxscale.perf.report import Report
 
 PROGRAM = "python -m maxscale.plan"
@@ -170,7 +170,8 @@ def compile_step(config: Config, path: str, topology: str, slices: int) -> Compi
   """
   import jax
 
-  from maxscale.perf import aot, compiler, memory
+  from maxscale.perf import compiler
+  from maxscale.perf.compiled import aot, memory
 
   try:
     return aot.compile_step(config, topology, slices)
@@ -230,7 +231,7 @@ def _plan(made: Report, path: str, overrides: Mapping[str, str]) -> Any:
 
 
 def _hlo(compiled: Compiled, folder: str) -> None:
-  from maxscale.perf import predict, trace
+  from maxscale.perf.compiled import predict, trace
 
   events = predict.events_of(compiled)
   _write(os.path.join(folder, "program.txt"), compiled.text)

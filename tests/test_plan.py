@@ -16,8 +16,10 @@ from maxscale import plan
 from maxscale.config import ConfigError
 from maxscale.errors import UserError
 from maxscale.models import loss  # noqa: F401  (JAX is there before the rest: this process runs on the CPU)
-from maxscale.perf import advice, analytic, collectives, gate, page, report, simulate
-from maxscale.perf import trace as traces
+from maxscale.perf import advice, gate, page, report
+from maxscale.perf.closed import analytic
+from maxscale.perf.compiled import collectives, simulate
+from maxscale.perf.compiled import trace as traces
 from maxscale.sharding import chips
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -273,7 +275,7 @@ def test_what_would_make_it_fit_saves_enough():
 
 
 def test_too_large_says_by_how_much_and_what_to_change():
-  from maxscale.perf import memory
+  from maxscale.perf.compiled import memory
 
   oom = memory.Oom(100 * GIB, 95 * GIB)
   said = plan.too_large(small(("remat.policy", "none")), "configs/x.py", "v5p:2x2x1", 1, oom)
@@ -284,7 +286,8 @@ def test_too_large_says_by_how_much_and_what_to_change():
 def test_a_compiler_that_fails_names_the_option(monkeypatch):
   import jax
 
-  from maxscale.perf import aot, compiler
+  from maxscale.perf import compiler
+  from maxscale.perf.compiled import aot
 
   def fail(*_):
     raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile the kernel\nmore")
@@ -360,7 +363,7 @@ def test_hfu_has_the_products_of_the_program_and_of_the_kernels_of_the_schedule(
   import jax.numpy as jnp
   from jax.experimental import pallas as pl
 
-  from maxscale.perf import predict
+  from maxscale.perf.compiled import predict
 
   def step(cost):
     def double(x, out):

@@ -54,7 +54,7 @@ class Layer(nnx.Module):
     dropout = call.dropout
     drop = (lambda y, place: dropout(y, layer, place)) if dropout else (lambda y, place: y)
     normed = self.attention_norm(x_btd)
-    # The scopes name the parts of a step for which perf/trace.py accounts.
+    # The scopes name the parts of a step for which perf/compiled/trace.py accounts.
     with jax.named_scope("attention"):
       y, cache, seen = self.attention(normed, batch, window, cache, call.watch)
     x_btd = x_btd + drop(self.attention_post_norm(y) if m.post_norms else y, 0)

@@ -1,7 +1,7 @@
 """What to try next with a config, and what would make one fit: changes, each with what it is expected to gain.
 
 By the schedule: what the compiled program waits for, or spends beyond what its products need; more than that cannot be
-gained. By the closed form (perf/analytic.py): the effect of one changed option, scaled to the step as it was predicted.
+gained. By the closed form (perf/closed/analytic.py): the effect of one changed option, scaled to the step as it was predicted.
 Nothing here was compiled.
 """
 
@@ -15,7 +15,8 @@ from typing import Any
 
 from maxscale import config as config_lib
 from maxscale.config import Config, ConfigError
-from maxscale.perf import analytic, search
+from maxscale.perf import search
+from maxscale.perf.closed import analytic
 from maxscale.sharding import chips, mesh
 
 GIB = 2.0**30

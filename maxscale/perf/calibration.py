@@ -33,9 +33,9 @@ from typing import Any
 
 import numpy as np
 
-from maxscale.perf import program, simulate, trace
+from maxscale.perf.compiled import program, simulate, trace
+from maxscale.perf.compiled.simulate import Rates
 from maxscale.perf.hardware import CHIPS, Chip, chip_of
-from maxscale.perf.simulate import Rates
 
 # FLOPs of a device and cycle: matrix units of 128x128 (v4, v5e: 4 a core; v4, v5p: two cores a device) or 256x256 (2 or 4
 # multiply and add); with the published peaks these give 1.05, 1.5, 1.75, 1.75 and 2.2 GHz.

@@ -371,7 +371,7 @@ def main() -> None:
   from maxscale.sharding import chips
 
   if job.get("config"):
-    from maxscale.perf import aot
+    from maxscale.perf.compiled import aot
 
     config = config_lib.from_json(job["config"])
     step, _ = aot.program_for(config, job["topology"], job["slices"])

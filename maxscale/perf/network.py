@@ -25,7 +25,7 @@ def seconds(kind: str, bytes: float, chip: Chip, dims: Dims, share: float = 1.0,
   """A collective of one group inside a slice.
 
   Args:
-    kind, bytes: as in `perf.collectives`: the whole array of an all-gather or reduction, a device's of every other.
+    kind, bytes: as in `perf.compiled.collectives`: the whole array of an all-gather or reduction, a device's of every other.
     dims: what the group spans. Empty: the devices of one chip, which share its memory.
     share: of the chip's links that this group has (a half where the two devices of a chip are in different groups).
     hops: of a permutation, the mean from source to target: all devices send at once, so as many share a link.
@@ -46,7 +46,7 @@ def seconds(kind: str, bytes: float, chip: Chip, dims: Dims, share: float = 1.0,
 
 
 def dcn_seconds(kind: str, bytes: float, chip: Chip, slices: int) -> float:
-  """A collective of a device with those of the other slices. bytes: those that `perf.collectives` says, of a device."""
+  """A collective of a device with those of the other slices. bytes: those that `perf.compiled.collectives` says, of a device."""
   if slices < 2:
     return 0.0
   times = _REDUCING.get(kind, 1.0) * (1.0 if kind == "collective-permute" else (slices - 1) / slices)

@@ -8,9 +8,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from maxscale.perf import report, simulate
+from maxscale.perf import report
+from maxscale.perf.compiled import simulate
+from maxscale.perf.compiled.trace import Loop, Move, Work
 from maxscale.perf.report import BUBBLE, GIB, MIB, Report
-from maxscale.perf.trace import Loop, Move, Work
 
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }

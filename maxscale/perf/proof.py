@@ -2,7 +2,7 @@
 
 `python -m maxscale.perf.proof --config configs/llama3_8b.py --topology v6e:4x4 --json F`
 
-For each layout: seconds of a step and HBM by the closed form (perf/analytic.py) and compiled (perf/predict.py), both
+For each layout: seconds of a step and HBM by the closed form (perf/closed/analytic.py) and compiled (perf/compiled/predict.py), both
 predictions. Below: how well the closed form orders those that compile (Spearman's rank correlation), how much longer than
 the best of all the step is that `perf/search.py` would choose, and of how many both say alike whether they fit.
 
@@ -33,7 +33,9 @@ from typing import Any
 from maxscale import config as config_lib
 from maxscale.config import Config, ConfigError
 from maxscale.errors import UserError
-from maxscale.perf import analytic, calibration, search, simulate, trace
+from maxscale.perf import calibration, search
+from maxscale.perf.closed import analytic
+from maxscale.perf.compiled import simulate, trace
 from maxscale.perf.hardware import GIB
 from maxscale.perf.search import Candidate, Compiled, Options
 

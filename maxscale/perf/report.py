@@ -20,9 +20,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from maxscale.perf import advice, aot, collectives, compiler, flops, hardware, memory, predict, search, simulate, trace
+from maxscale.perf import advice, compiler, flops, hardware, search
 from maxscale.perf.advice import Row
-from maxscale.perf.trace import Loop, Move, Work
+from maxscale.perf.compiled import aot, collectives, memory, predict, simulate, trace
+from maxscale.perf.compiled.trace import Loop, Move, Work
 from maxscale.sharding import topology
 
 VERSION = 1
@@ -51,7 +52,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Predicted:
-  """As `perf.predict.Prediction`, with the bubble of a pipeline as a class, and by part."""
+  """As `perf.compiled.predict.Prediction`, with the bubble of a pipeline as a class, and by part."""
 
   seconds: float
   low: float

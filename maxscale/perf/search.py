@@ -1,6 +1,6 @@
 """Searches the layouts, remat policies, microbatches and flags of a config on a topology for the shortest step.
 
-The closed form (perf/analytic.py) ranks thousands of legal candidates; the few best are compiled, each in a process of
+The closed form (perf/closed/analytic.py) ranks thousands of legal candidates; the few best are compiled, each in a process of
 its own (libtpu reads flags once, and a compile that fails may take its process along), and the shortest prediction of
 those that fit becomes a plan. The global batch, and what is computed, stay as they are.
 
@@ -25,10 +25,11 @@ from typing import Any
 from maxscale import config as config_lib
 from maxscale.config import MESH_AXES, Config, ConfigError
 from maxscale.models import remat
-from maxscale.perf import analytic, compiler
+from maxscale.perf import compiler
+from maxscale.perf.closed import analytic
+from maxscale.perf.closed.work import Work
 from maxscale.perf.hardware import GIB, Chip
 from maxscale.perf.plans import Plan
-from maxscale.perf.work import Work
 from maxscale.sharding import layouts
 from maxscale.sharding.mesh import boxed_axis
 
@@ -280,7 +281,7 @@ def compile_candidate(config: Config, topology: str, slices: int) -> dict[str, A
   from maxscale import environment
 
   environment.prepare_plan(config, topology, slices)
-  from maxscale.perf import aot, memory, predict, trace
+  from maxscale.perf.compiled import aot, memory, predict, trace
 
   try:
     made = aot.compile_step(config, topology, slices)

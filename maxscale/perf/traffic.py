@@ -1,7 +1,7 @@
 """The collectives that a step asks for, read from the program as it was traced: no compiler has seen it.
 
 Every collective of a step is written by name (sharding/context.py), so this is what the rules imply, for any mesh and
-model. `perf.collectives` says the same of the compiled program; tests hold the two together.
+model. `perf.compiled.collectives` says the same of the compiled program; tests hold the two together.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Transfer:
   """One collective.
 
   Attributes:
-    kind: as in `perf.collectives.KINDS`.
+    kind: as in `perf.compiled.collectives.KINDS`.
     axes: mesh axes that it goes along.
     dtype: of its arrays.
     bytes: of a device and an execution: the full result of an all-gather, the operand of every other.

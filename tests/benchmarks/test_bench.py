@@ -12,7 +12,7 @@ import pytest
 from maxscale.benchmarks import cases, measure, plain
 from maxscale.models import module
 from maxscale.models.parts import Shape
-from maxscale.perf import program
+from maxscale.perf.compiled import program
 from maxscale.perf.flops import jaxpr_flops
 
 

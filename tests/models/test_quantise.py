@@ -341,7 +341,7 @@ def compiled():
   from jax.experimental import topologies
   from jax.sharding import PartitionSpec
 
-  from maxscale.perf import program
+  from maxscale.perf.compiled import program
   from maxscale.sharding import context, mesh, rules
 
   def gradients(kind, x, w, experts, dy, sizes):

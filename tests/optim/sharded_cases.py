@@ -11,7 +11,7 @@ from maxscale.checkpoint.manager import Checkpointer
 from maxscale.checkpoint.restore import restore
 from maxscale.config import to_json
 from maxscale.models.module import flatten
-from maxscale.perf import collectives, program
+from maxscale.perf.compiled import collectives, program
 from maxscale.resume import leaves
 from tests.models import reference as ref
 from tests.optim import trees

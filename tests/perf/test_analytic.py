@@ -16,9 +16,11 @@ import pytest
 from jax.interpreters import partial_eval
 
 from maxscale import config as config_lib
-from maxscale.perf import analytic, aot, calibration, flops, hardware, layer, network, traffic
-from maxscale.perf.local import Dot, Kernel, Local
-from maxscale.perf.work import Work
+from maxscale.perf import calibration, flops, hardware, network, traffic
+from maxscale.perf.closed import analytic, layer
+from maxscale.perf.closed.local import Dot, Kernel, Local
+from maxscale.perf.closed.work import Work
+from maxscale.perf.compiled import aot
 from maxscale.sharding import audit
 from tests import multidevice
 from tests.models import reference as ref

@@ -7,9 +7,10 @@ import math
 
 import pytest
 
-from maxscale.perf import calibration, simulate
+from maxscale.perf import calibration
 from maxscale.perf.calibration import Fit, Row
-from maxscale.perf.trace import Done, Move, Start, Sync, Work
+from maxscale.perf.compiled import simulate
+from maxscale.perf.compiled.trace import Done, Move, Start, Sync, Work
 
 
 def planted(name, chip, fit, cycles, flops, experts, sent, slices):

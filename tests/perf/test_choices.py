@@ -245,7 +245,7 @@ SMALL = {"model.layers": 2, "model.embed": 256, "model.mlp": 256, "model.heads":
 
 def traced(case):
   from maxscale import config, plan
-  from maxscale.perf import aot
+  from maxscale.perf.compiled import aot
 
   options = [*(option.split("=") for option in case.options), *((n, str(v)) for n, v in SMALL.items())]
   ready = plan.ready(config.load(f"configs/{case.config}.py", options), SMALL["mesh.topology"], 1)

@@ -19,7 +19,8 @@ import pytest
 from maxscale import assemble, environment, train
 from maxscale import config as config_lib
 from maxscale.config import Config, ConfigError
-from maxscale.perf import collectives, compiler, hardware, plans, program
+from maxscale.perf import compiler, hardware, plans
+from maxscale.perf.compiled import collectives, program
 from tests import multidevice
 
 GATHER, OFFLOAD, FUSE, VMEM = (f"{compiler._OFFLOAD}all_gather", compiler._OFFLOAD, compiler._FUSE, compiler._VMEM)

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from maxscale.perf import memory, program
+from maxscale.perf.compiled import memory, program
 
 ROOT = pathlib.Path(__file__).parents[2]
 UNIT = 256 * 128 * 4  # bytes of f32[256,128]
@@ -108,7 +108,7 @@ def compiled():
   """Name of a step -> what was read of it. In a process of its own."""
   import jax
 
-  from maxscale.perf import aot
+  from maxscale.perf.compiled import aot
   from tests.models import reference as ref
 
   jax.config.update("jax_exec_time_optimization_effort", -1.0)  # faster to compile; any schedule will do

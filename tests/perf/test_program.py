@@ -14,7 +14,7 @@ import types
 import numpy as np
 import pytest
 
-from maxscale.perf import collectives, program, trace
+from maxscale.perf.compiled import collectives, program, trace
 
 DATA = pathlib.Path(__file__).parent / "data"
 LAYERS, ROWS, WIDTH = 5, 256, 1024  # rows of a device

@@ -7,7 +7,9 @@ import pathlib
 import pytest
 
 from maxscale.config import ConfigError
-from maxscale.perf import analytic, proof, search, trace
+from maxscale.perf import proof, search
+from maxscale.perf.closed import analytic
+from maxscale.perf.compiled import trace
 from tests.models import reference as ref
 from tests.perf.test_search import DENSE, MOE, TOPOLOGY, ranking
 

@@ -9,7 +9,8 @@ import pytest
 from maxscale import config as config_lib
 from maxscale.config import MESH_AXES, ConfigError
 from maxscale.models import remat
-from maxscale.perf import analytic, search
+from maxscale.perf import search
+from maxscale.perf.closed import analytic
 from tests.models import reference as ref
 
 DENSE = {"model.embed": 2048, "model.layers": 8, "model.heads": 16, "model.kv_heads": 4, "model.head_dim": 128,
@@ -276,7 +277,7 @@ def test_what_a_candidate_loses_on():
 def test_a_childs_seconds_and_bytes_are_those_of_a_plan(monkeypatch):
   """HBM with the program's code and without what is on the host; what cannot be predicted is an error."""
   from maxscale import environment
-  from maxscale.perf import aot, predict, trace
+  from maxscale.perf.compiled import aot, predict, trace
 
   analysis = types.SimpleNamespace(
     peak_memory_in_bytes=1000, host_argument_size_in_bytes=300, generated_code_size_in_bytes=7

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from maxscale.perf import network, program, simulate, trace
+from maxscale.perf import network
+from maxscale.perf.compiled import program, simulate, trace
+from maxscale.perf.compiled.trace import Done, Loop, Move, Start, Sync, Work
 from maxscale.perf.hardware import CHIPS
-from maxscale.perf.trace import Done, Loop, Move, Start, Sync, Work
 
 V5P = next(c for c in CHIPS if c.name == "TPU v5p")
 RATES = simulate.Rates(clock=1e9, attention=0.5, grouped=0.8, links=1.0, host=1e10)

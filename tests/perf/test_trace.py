@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxscale.perf.trace import Work
+from maxscale.perf.compiled.trace import Work
 from tests.perf.test_simulate import events
 
 KERNEL = """%into (p0: f32[8,64,128], p1: bf16[64,128]) -> f32[8,64,128] {

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from maxscale.models import module
-from maxscale.perf import program as reader
+from maxscale.perf.compiled import program as reader
 from tests.models import reference as ref
 
 BASE = {**ref.DENSE, "model.vocab_multiple": 8, "model.layers": 8, "mesh.pipeline": 4, "mesh.fsdp": 2}

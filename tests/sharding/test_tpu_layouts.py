@@ -1,6 +1,6 @@
 """What the TPU compiler makes of every layout: the collectives that the rules imply, and no others.
 
-Bytes are of a step and a device (perf/collectives.py). The closed forms are by hand, for the sizes of tpu_layouts.BASE:
+Bytes are of a step and a device (perf/compiled/collectives.py). The closed forms are by hand, for the sizes of tpu_layouts.BASE:
 bfloat16 activations and gathered weights, float32 gradients, remat "full".
 """
 

@@ -13,7 +13,8 @@ os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LI
 import jax
 from jax.experimental import topologies
 
-from maxscale.perf import collectives, program, traffic
+from maxscale.perf import traffic
+from maxscale.perf.compiled import collectives, program
 from maxscale.sharding import mesh, rules
 from maxscale.step import Program
 from tests.models import reference as ref

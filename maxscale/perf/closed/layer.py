@@ -14,7 +14,7 @@ import numpy as np
 
 from maxscale.models import experts, splash
 from maxscale.perf import traffic
-from maxscale.perf.local import Dot, Kernel, Local
+from maxscale.perf.closed.local import Dot, Kernel, Local
 
 
 @dataclasses.dataclass(frozen=True)

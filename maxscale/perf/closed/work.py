@@ -1,6 +1,6 @@
 """What a device does in a step, by part: products, kernels, collectives and bytes, and what it keeps for backward.
 
-The table of remat says which values of a layer (perf/layer.py) are kept; what backward needs beyond those is computed
+The table of remat says which values of a layer (perf/closed/layer.py) are kept; what backward needs beyond those is computed
 again, as `jax.checkpoint` would.
 """
 
@@ -14,9 +14,10 @@ import math
 
 from maxscale.config import Remat
 from maxscale.models import loss, remat
-from maxscale.perf import layer, traffic
-from maxscale.perf.layer import Node
-from maxscale.perf.local import Dot, Kernel, Local
+from maxscale.perf import traffic
+from maxscale.perf.closed import layer
+from maxscale.perf.closed.layer import Node
+from maxscale.perf.closed.local import Dot, Kernel, Local
 from maxscale.sharding import rules
 from maxscale.step import Program
 

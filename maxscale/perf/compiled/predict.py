@@ -7,7 +7,8 @@ import functools
 import math
 from typing import Any
 
-from maxscale.perf import aot, calibration, flops, hardware, simulate, trace
+from maxscale.perf import calibration, flops, hardware
+from maxscale.perf.compiled import aot, simulate, trace
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ import dataclasses
 import math
 
 from maxscale.perf import network
+from maxscale.perf.compiled.trace import HOST, Done, Event, Loop, Move, Start, Sync, Trace, Work
 from maxscale.perf.hardware import Chip
-from maxscale.perf.trace import HOST, Done, Event, Loop, Move, Start, Sync, Trace, Work
 
 
 @dataclasses.dataclass(frozen=True)

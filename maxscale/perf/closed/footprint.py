@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from maxscale.models import loss
-from maxscale.perf.local import Local
-from maxscale.perf.work import Work
+from maxscale.perf.closed.local import Local
+from maxscale.perf.closed.work import Work
 
 
 def memory(work: Work) -> dict[str, float]:

@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 
 from maxscale.models import remat
-from maxscale.perf import aot, collectives, flops
+from maxscale.perf import flops
+from maxscale.perf.compiled import aot, collectives
+from maxscale.perf.compiled.program import Instruction, Program
 from maxscale.perf.hardware import chip_of
-from maxscale.perf.program import Instruction, Program
 from maxscale.sharding.rules import ROLES
 
 HBM, HOST = 0, 5  # memory spaces of a layout

@@ -9,7 +9,7 @@ import time
 import jax
 
 from maxscale.config import Config
-from maxscale.perf import program
+from maxscale.perf.compiled import program
 from maxscale.sharding import chips, mesh, rules
 from maxscale.step import Program
 

@@ -1,7 +1,7 @@
 """The step of a config in closed form: seconds and memory of a device, without tracing or compiling it.
 
-The parts of the step (perf/work.py), which tests hold against the traced program, take seconds by rates (`Efficiency`)
-and by the links of the mesh (`Clock`); perf/footprint.py says what fits.
+The parts of the step (perf/closed/work.py), which tests hold against the traced program, take seconds by rates (`Efficiency`)
+and by the links of the mesh (`Clock`); perf/closed/footprint.py says what fits.
 
 It ranks layouts in milliseconds each (perf/search.py); the seconds that are reported come from compiled programs.
 """
@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from maxscale.config import Config, ConfigError
-from maxscale.perf import calibration, flops, footprint, network, traffic
+from maxscale.perf import calibration, flops, network, traffic
+from maxscale.perf.closed import footprint
+from maxscale.perf.closed.local import Dot, Kernel
+from maxscale.perf.closed.work import Part, Work
 from maxscale.perf.hardware import CHIPS, GIB, Chip
-from maxscale.perf.local import Dot, Kernel
-from maxscale.perf.work import Part, Work
 from maxscale.sharding import mesh, rules, topology
 from maxscale.step import Program
 

@@ -2,7 +2,7 @@
 
 Written for TPU programs; those of other backends read as well, but carry no cycles. Kernels (Mosaic) and collectives
 carry none on TPU either, so a sum of cycles compares two programs of one compiler only where both have the same of
-those. What the collectives move is in `maxscale.perf.collectives`.
+those. What the collectives move is in `maxscale.perf.compiled.collectives`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from maxscale.perf.program import Instruction, Program, Step
+from maxscale.perf.compiled.program import Instruction, Program, Step
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")  # fmt: skip

@@ -1,6 +1,6 @@
 """What a scheduled program does in time, as data: work, transfers and loops in order, without its text.
 
-`of_program` makes it once; `perf.simulate` gives it seconds. It is small (a few hundred events, a loop is in it once) and
+`of_program` makes it once; `perf.compiled.simulate` gives it seconds. It is small (a few hundred events, a loop is in it once) and
 holds no constant that is fitted, so that the calibration can keep the traces of programs and not the programs.
 
 The order is that of the schedule. Work is done by the TensorCore, one after another. A transfer that is started apart
@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from maxscale.perf import collectives
+from maxscale.perf.compiled import collectives
+from maxscale.perf.compiled.program import Instruction, Program, Step
 from maxscale.perf.hardware import chip_of
 from maxscale.perf.network import Dims
-from maxscale.perf.program import Instruction, Program, Step
 from maxscale.sharding import topology
 
 WORK = ("matmul", "attention", "grouped", "kernel", "vector", "copy")
@@ -58,7 +58,7 @@ class Move:
   """A transfer.
 
   Attributes:
-    kind: of `perf.collectives.KINDS`, or of `HOST`.
+    kind: of `perf.compiled.collectives.KINDS`, or of `HOST`.
     bytes: as there; of a transfer to or from the host, those of this device.
     dims: chips along each dimension of the torus that a group spans, and whether it closes.
     share: of a chip's links that are its own.
