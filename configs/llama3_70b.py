@@ -3,7 +3,7 @@
 For 512 v5p chips: 4 replicas, FSDP over 64, sequences over 2, 4 microbatches so that nothing is computed again, 8.4 M
 tokens a step: what `python -m maxscale.plan --config configs/llama3_70b.py --search` chose of FSDP over all chips.
 
-Predicted (v5p:8x8x8, jax 0.10.2, libtpu 0.0.42.1): step 19.18 s (80% 17.50 to 21.01), 854 tokens/s/chip, MFU 83.6%,
+Predicted (v5p:8x8x8, jax 0.10.2, libtpu 0.0.42.1): step 19.42 s (80% 17.72 to 21.28), 844 tokens/s/chip, MFU 82.6%,
 HBM 85.4 of 95.0 GiB
 
 The data of this file is Python's own source text and its tokens are bytes: give your own,

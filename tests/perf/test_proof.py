@@ -22,7 +22,7 @@ def test_the_closed_form_orders_layouts_as_the_compiler_does(name):
   """Of the layouts of a config on 16 chips, all compiled: order, what a search chooses, and what fits."""
   series = proof.load(GOLDEN / f"proof_{name}.json.gz")
   found = proof.compare(series)
-  assert series.topology == SERIES[name] and len(found.rows) >= 9
+  assert series.topology == SERIES[name] and len(found.rows) >= 20
   assert found.spearman >= 0.9, proof.text(found)
   assert found.regret < 0.02, proof.text(found)
   assert found.agree >= 0.8 * len(found.rows), proof.text(found)
