@@ -18,7 +18,10 @@ from jax.extend.core import Primitive
 
 
 def use_own() -> None:
-  """Registers how collectives are lowered for CPUs: as before, but for the channel. Once a process; other platforms keep 1."""
+  """Registers how collectives are lowered for CPUs: as before, but for the channel; other platforms keep 1.
+
+  Once a process. JAX has no rules of its own for collectives on CPUs, so those for all platforms are what is wrapped.
+  """
   for primitive in vars(parallel).values():
     if isinstance(primitive, Primitive) and primitive in mlir._lowerings:
       rule = functools.partial(_lowered, mlir._lowerings[primitive].rule)

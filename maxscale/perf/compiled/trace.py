@@ -1,7 +1,7 @@
 """What a scheduled program does in time, as data: work, transfers and loops in order, without its text.
 
-`of_program` makes it once; `perf.compiled.simulate` gives it seconds. It is small (a few hundred events, a loop is in it once) and
-holds no constant that is fitted, so that the calibration can keep the traces of programs and not the programs.
+`of_program` makes it once; `perf.compiled.simulate` gives it seconds. It is small (a few hundred events, a loop is in it
+once) and holds no constant that is fitted, so that the calibration can keep the traces of programs and not the programs.
 
 The order is that of the schedule. Work is done by the TensorCore, one after another. A transfer that is started apart
 goes on beside it, from its Start to its Done.
